@@ -1,0 +1,1319 @@
+# Copyright 2026 The Difference Inversion Authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image analogies with an ordinary Stable Diffusion model: A : A' :: B : B'.
+
+From an image *before* and an image *after* a change, the pipeline learns difference tokens: a few rows in the text
+encoder's embedding space that mean what changed and nothing else. Appended to the prompt of any query image they make
+the model draw that image with the same change. Nothing is fine-tuned. The method is Difference Inversion ("Interpolate
+and Isolate the Difference with Token Consistency for Image Analogy Generation"); equation numbers are the paper's.
+
+    pipe = DiffusionPipeline.from_pretrained(
+        "examples/storybook/model", custom_pipeline="pipeline_difference_inversion.py", trust_remote_code=True
+    )
+    difference = pipe.invert_difference(before=cabin, after=castle)
+    difference.save("cabin_to_castle.safetensors")
+    pipe(image=another_cabin, difference=difference).images[0].save("another_castle.png")
+"""
+
+import datetime
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+
+logger = logging.get_logger(__name__)
+
+FILE_FORMAT = "difference-tokens"
+FILE_FORMAT_VERSION = 1
+DEFAULT_TOKEN = "<difference>"
+NUM_PROBE_SAMPLES = 8  # noises and time steps that tokens are judged on
+
+# The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
+MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from diffusers import DiffusionPipeline
+        >>> from diffusers.utils import load_image
+
+        >>> # The small model that comes with the project; any Stable Diffusion 1.x or 2.x checkpoint does as well.
+        >>> pipe = DiffusionPipeline.from_pretrained(
+        ...     "examples/storybook/model",
+        ...     custom_pipeline="pipeline_difference_inversion.py",
+        ...     trust_remote_code=True,
+        ... )
+        >>> before, after, query = (load_image(f"examples/images/{n}.png") for n in ("before", "after", "query_1"))
+
+        >>> difference = pipe.invert_difference(before=before, after=after)
+        >>> difference.save("difference.safetensors")
+        >>> pipe(image=query, difference=difference).images[0].save("answer.png")
+        ```
+"""
+
+
+# ------------------------------------------------------------------------------------------------------- maths
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Spherical interpolation between two directions (equations 4 and 5).
+
+    Args:
+        start: directions of any length, shape (..., dim).
+        end: directions of any length, shape (..., dim).
+        fraction: 0 gives `start`, 1 gives `end`.
+
+    Returns:
+        Directions of unit length, shape (..., dim).
+    """
+    start, end = F.normalize(start, dim=-1), F.normalize(end, dim=-1)
+    angle = torch.acos((start * end).sum(-1, keepdim=True).clamp(-1, 1))
+    along_arc = (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
+    along_chord = (1 - fraction) * start + fraction * end  # where the arc has no length, or no direction
+    return F.normalize(torch.where(torch.sin(angle) < 1e-4, along_chord, along_arc), dim=-1)
+
+
+def interpolated_delta(image_delta: torch.Tensor, text_delta: torch.Tensor, alpha: float) -> torch.Tensor:
+    """What changed, between what the images say (alpha 0) and what their captions say (alpha 1); equations 2 to 5.
+
+    Args:
+        image_delta: CLIP's image embedding after minus before, shape (dim,).
+        text_delta: CLIP's text embedding of the captions, after minus before, shape (dim,).
+        alpha: 0 to 1.
+
+    Returns:
+        The delta at unit length, shape (dim,); where one of the two is zero (equal captions, say), the other.
+    """
+    if not text_delta.any():
+        return F.normalize(image_delta, dim=-1)
+    if not image_delta.any():
+        return F.normalize(text_delta, dim=-1)
+    return slerp(image_delta, text_delta, alpha)
+
+
+def clip_loss(token_embedding: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """One minus the cosine between the tokens' text embedding and the delta, both (dim,); equation 6."""
+    return 1 - F.cosine_similarity(token_embedding.float(), delta.float(), dim=-1)
+
+
+def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L_after + L_before (equations 7 to 9): the model's mean squared error on A' and on A.
+
+    Args:
+        prediction: UNet outputs, first half for A' under [P_A; +D], second half for A under [P_A'; -D],
+            shape (2 * samples, channels, height, width).
+        target: the noise or the velocity that they should be, same shape.
+    """
+    after, before = (prediction.float() - target.float()).square().chunk(2)
+    return after.mean() + before.mean()
+
+
+# ------------------------------------------------------------------------------------------- difference tokens
+
+
+@dataclass(repr=False)
+class DifferenceTokens:
+    """A learned difference: rows of a text encoder's embedding space, and where they come from.
+
+    Arithmetic makes new differences: `0.5 * d` is half the change, `-d` is the change undone, `d + e` is both changes
+    (their rows one after the other).
+
+    Attributes:
+        embeddings: one tensor (num_tokens, dim) a text encoder, by name; `<difference>` where there is one encoder.
+        metadata: strings that say how it was learned: prompts, settings, base model, versions.
+    """
+
+    embeddings: dict[str, torch.Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(rows.shape)}" for name, rows in self.embeddings.items())
+        story = [self.metadata[key] for key in ("before_prompt", "after_prompt") if self.metadata.get(key)]
+        return f"DifferenceTokens({shapes}{'; ' + ' → '.join(story) if story else ''})"
+
+    def __mul__(self, scale: float) -> "DifferenceTokens":
+        return DifferenceTokens({name: rows * scale for name, rows in self.embeddings.items()}, dict(self.metadata))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "DifferenceTokens":
+        return self * -1.0
+
+    def __add__(self, other: "DifferenceTokens") -> "DifferenceTokens":
+        if len(self.embeddings) != len(other.embeddings):
+            raise ValueError(f"Differences for different text encoders do not add: {self!r} and {other!r}.")
+        pairs = zip(self.embeddings.items(), other.embeddings.values(), strict=True)
+        return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs})
+
+    def to(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> "DifferenceTokens":
+        """Returns a copy on another device or in another floating-point type."""
+        moved = {name: rows.to(device=device, dtype=dtype) for name, rows in self.embeddings.items()}
+        return DifferenceTokens(moved, dict(self.metadata))
+
+    def save(self, path: Union[str, os.PathLike]) -> Path:
+        """Writes one safetensors file that stock `load_textual_inversion` and ComfyUI read too.
+
+        The file is written beside its place and then moved there, so that a crash leaves the old one or the new one.
+
+        Args:
+            path: where; `.safetensors` is added if it has no ending.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            ValueError: if a token's name has upper-case letters, since diffusers would then use its first row only.
+        """
+        for name in self.embeddings:
+            if name != name.lower():
+                raise ValueError(
+                    f"The token name {name!r} must be lower case: diffusers uses only the first of the "
+                    f"vectors of an upper-case name. Rename it {name.lower()!r}."
+                )
+        path = Path(path)
+        path = path if path.suffix else path.with_suffix(".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: rows.detach().cpu().contiguous() for name, rows in self.embeddings.items()}
+        header = {"format": FILE_FORMAT, "format_version": str(FILE_FORMAT_VERSION), **self.metadata}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=header)
+            os.chmod(temporary, 0o644)  # mkstemp's own mode would keep others from reading a file meant for sharing
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: Union[str, os.PathLike]) -> "DifferenceTokens":
+        """Reads a file that `save` wrote, or another program's textual-inversion file in safetensors.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no safetensors file, if a tensor is not a finite floating-point matrix, or if it was
+                written in a newer format than this code knows.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"`difference`: there is no file {str(path)!r}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                embeddings = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"`difference`: {str(path)!r} {_what_a_file_is(path)} Give a .safetensors file written by "
+                "`difference.save(...)` or a textual inversion in that format."
+            ) from error
+        _check_embeddings(embeddings, path)
+        version = metadata.get("format_version", "1")
+        if not version.isdigit() or int(version) > FILE_FORMAT_VERSION:
+            raise ValueError(
+                f"`difference`: {str(path)!r} has format_version {version!r}, and this code reads up to "
+                f"{FILE_FORMAT_VERSION}. Update pipeline_difference_inversion.py."
+            )
+        return cls(embeddings, metadata)
+
+
+def _what_a_file_is(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "is a pickle, which can run code when it is opened, and is refused."
+    return "is not a safetensors file, or is damaged."
+
+
+def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any) -> None:
+    if not embeddings:
+        raise ValueError(f"`difference`: {str(source)!r} holds no tensor.")
+    for name, rows in embeddings.items():
+        if rows.ndim != 2 or not rows.is_floating_point():
+            raise ValueError(
+                f"`difference`: {name!r} in {str(source)!r} is {tuple(rows.shape)}, {rows.dtype}; difference "
+                "tokens are floating-point matrices (num_tokens, dim)."
+            )
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"`difference`: {name!r} in {str(source)!r} has values that are not finite.")
+
+
+def embedding_fingerprint(text_encoder: torch.nn.Module) -> str:
+    """Short hash of an evenly spaced sample of a text encoder's token embeddings, the same in fp16 and fp32."""
+    table = text_encoder.get_input_embeddings().weight.detach()
+    sample = table[:: max(1, len(table) // 256)].to("cpu", torch.float16)
+    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass
+class DifferenceInversionPipelineOutput(BaseOutput):
+    """
+    Attributes:
+        images: the answers B', query by query: PIL images, or an array or tensor by `output_type`.
+        difference: the difference tokens that were learned or given, with their scales in them.
+    """
+
+    images: Union[list[Image.Image], np.ndarray, torch.Tensor]
+    difference: Optional[DifferenceTokens]
+
+
+# ---------------------------------------------------------------------------------------------- model plumbing
+
+
+@contextmanager
+def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """While open, the token embedding gives `rows` at `slots` in place of its own.
+
+    Gradients reach `rows`; neither the vocabulary nor the model is touched.
+
+    Args:
+        embedding: the text encoder's input embedding.
+        slots: where, boolean (batch, length), as many true in each line as there are rows.
+        rows: what, (batch, num_rows, dim).
+    """
+
+    def replace(module, inputs, output):
+        output = output.clone()
+        output[slots.to(output.device)] = rows.flatten(0, 1).to(output)
+        return output
+
+    hook = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def frozen(*modules: Optional[torch.nn.Module]) -> Iterator[None]:
+    """While open, the modules are in evaluation mode and want no gradients; afterwards they are as they were."""
+    modules = [module for module in modules if module is not None]
+    wanted_grad = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    was_training = [part for module in modules for part in module.modules() if part.training]
+    try:
+        for module in modules:
+            module.eval()
+        for parameter in wanted_grad:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted_grad:
+            parameter.requires_grad_(True)
+        for part in was_training:
+            part.training = True
+
+
+def as_list(value: Any) -> list:
+    """One thing or several, as a list; batched arrays and tensors are taken apart."""
+    if isinstance(value, (list, tuple)):
+        return [item for part in value for item in (as_list(part) if _is_batch(part) else [part])]
+    return list(value) if _is_batch(value) else [value]
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4
+
+
+def flatten_image(image: Any, name: str) -> Any:
+    """Turns a PIL image of any mode upright and RGB, transparency on white; lets float arrays and tensors pass.
+
+    Raises:
+        TypeError: if it is nothing that the image processor takes.
+    """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = Image.fromarray(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return image
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"`{name}` must be a PIL image, an array or a tensor, or a list of them, and is a "
+            f"{type(image).__name__}. `diffusers.utils.load_image` opens paths and addresses."
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@dataclass
+class _Example:
+    """One before/after pair, ready for the UNet: latents (1, 4, h, w) and prompts."""
+
+    before_latents: torch.Tensor
+    after_latents: torch.Tensor
+    before_prompt: str
+    after_prompt: str
+
+
+@dataclass
+class _Draw:
+    """Noises (samples, 4, h, w) and time steps (samples,), the same for the two directions of the loss."""
+
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+
+
+@dataclass
+class _Goal:
+    """What the tokens are learned for (equation 10): pairs, the delta (dim,) if CLIP counts, and the two weights."""
+
+    examples: list[_Example]
+    delta: Optional[torch.Tensor]
+    lambda_clip: float
+    lambda_tc: float
+
+
+# ------------------------------------------------------------------------------------------------- the pipeline
+
+
+class DifferenceInversionPipeline(DiffusionPipeline):
+    r"""
+    Learns what changed between two images and applies it to others, with an unmodified Stable Diffusion model.
+
+    Args:
+        vae ([`AutoencoderKL`]): between images and latents.
+        text_encoder ([`~transformers.CLIPTextModel`]): the base model's text encoder.
+        tokenizer ([`~transformers.CLIPTokenizer`]): its tokenizer.
+        unet ([`UNet2DConditionModel`]): denoises latents; predicts noise or velocity.
+        scheduler ([`SchedulerMixin`]): draws from noise. Queries are inverted and redrawn by DDIM schedulers made from
+            its configuration, which is all that they use of it.
+        clip ([`~transformers.CLIPModel`], *optional*): the full CLIP of the text encoder, for learning with a CLIP
+            loss. Applying a difference does without.
+        clip_processor ([`~transformers.CLIPProcessor`], *optional*): prepares images for `clip`.
+        captioner ([`~transformers.BlipForConditionalGeneration`], *optional*): writes the prompts that are not given.
+        captioner_processor ([`~transformers.BlipProcessor`], *optional*): prepares images for `captioner`.
+    """
+
+    model_cpu_offload_seq = "captioner->clip->text_encoder->unet->vae"
+    _optional_components = ["clip", "clip_processor", "captioner", "captioner_processor"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        clip: Optional[CLIPModel] = None,
+        clip_processor=None,
+        captioner=None,
+        captioner_processor=None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            clip=clip,
+            clip_processor=clip_processor,
+            captioner=captioner,
+            captioner_processor=captioner_processor,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # ------------------------------------------------------------------------------------------------- checking
+
+    def check_learning_inputs(
+        self,
+        before,
+        after,
+        before_prompt,
+        after_prompt,
+        num_tokens,
+        num_optimization_steps,
+        learning_rate,
+        alpha,
+        lambda_clip,
+        lambda_tc,
+        init,
+    ) -> None:
+        """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
+        if before is None or after is None:
+            missing = "before" if before is None else "after"
+            raise ValueError(
+                f"`{missing}` is missing: a difference is learned from a pair of images, `before` and "
+                "`after`. To apply a learned one, give `difference`."
+            )
+        befores, afters = as_list(before), as_list(after)
+        if len(befores) != len(afters):
+            raise ValueError(f"`before` has {len(befores)} images and `after` has {len(afters)}; give pairs.")
+        for name, images in (("before", befores), ("after", afters)):
+            for image in images:
+                flatten_image(image, name)
+        self._check_prompts("before_prompt", before_prompt, len(befores))
+        self._check_prompts("after_prompt", after_prompt, len(afters))
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` is {alpha}; it goes from 0 (the images' delta) to 1 (the captions' delta).")
+        if lambda_clip < 0 or lambda_tc < 0 or lambda_clip + lambda_tc == 0:
+            raise ValueError(
+                f"`lambda_clip` is {lambda_clip} and `lambda_tc` is {lambda_tc}; both must be at least 0, "
+                "and one of them more."
+            )
+        if num_optimization_steps < 1:
+            raise ValueError(f"`num_optimization_steps` is {num_optimization_steps}; it must be at least 1.")
+        room = self.tokenizer.model_max_length - 2
+        if not 1 <= num_tokens <= room:
+            raise ValueError(f"`num_tokens` is {num_tokens}; the text encoder's window has room for 1 to {room}.")
+        if learning_rate <= 0:
+            raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
+        if init not in ("zeros", "random"):
+            raise ValueError(f"`init` is {init!r}; it is 'zeros' (the paper's) or 'random'.")
+        if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                "`scheduler` predicts neither noise nor velocity: this pipeline is for Stable Diffusion 1.x "
+                f"and 2.x, and its prediction_type is {self.scheduler.config.prediction_type!r}."
+            )
+        if lambda_clip > 0:
+            self._check_clip()
+
+    def _check_clip(self) -> None:
+        width = self.text_encoder.config.hidden_size
+        remedy = (
+            f"load it with `CLIPModel.from_pretrained({MATCHING_CLIP[width]!r})` and its `CLIPProcessor`"
+            if width in MATCHING_CLIP
+            else f"load the CLIP whose text tower is this text encoder (width {width})"
+        )
+        for name in ("clip", "clip_processor"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"`{name}` is missing: learning compares the images by CLIP. For this base model, "
+                    f"{remedy} and pass both to `from_pretrained`, or learn with `lambda_clip=0`."
+                )
+        table = self.clip.text_model.get_input_embeddings().weight
+        own = self.text_encoder.get_input_embeddings().weight
+        if table.shape != own.shape:
+            raise ValueError(
+                f"`clip` has token embeddings of shape {tuple(table.shape)}, and the text encoder "
+                f"{tuple(own.shape)}: it is another CLIP. To match, {remedy}."
+            )
+
+    def _check_prompts(self, name: str, prompts: Any, count: int) -> None:
+        if prompts is None:
+            if self.captioner is None or self.captioner_processor is None:
+                raise ValueError(
+                    f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load "
+                    "the pipeline with `captioner` and `captioner_processor`."
+                )
+            return
+        if not all(isinstance(prompt, str) for prompt in as_list(prompts)):
+            raise TypeError(f"`{name}` must be a string or a list of strings, and is {prompts!r}.")
+        if len(as_list(prompts)) not in (1, count):
+            raise ValueError(f"`{name}` has {len(as_list(prompts))} prompts for {count} images; give one for each.")
+
+    def check_inputs(
+        self,
+        image,
+        prompt,
+        source_prompt,
+        negative_prompt,
+        difference,
+        difference_scale,
+        height,
+        width,
+        num_inference_steps,
+        inversion,
+        strength,
+        num_images_per_prompt,
+        generator,
+        latents,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        """Raises `ValueError` or `TypeError`, naming the argument, for anything that applying could not use."""
+        if image is None and prompt is None:
+            raise ValueError(
+                "`image` is missing: give the query image that the difference is applied to, or a `prompt` "
+                "alone for text to image."
+            )
+        images = [] if image is None else as_list(image)
+        for item in images:
+            flatten_image(item, "image")
+        count = len(images) or len(as_list(prompt))
+        self._check_prompts("prompt", prompt, count)
+        for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
+            if prompts is not None:
+                self._check_prompts(name, prompts, count)
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and value < self.vae_scale_factor:
+                raise ValueError(f"`{name}` is {value}; it must be at least {self.vae_scale_factor}.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be at least 1.")
+        if inversion not in ("ddim", "sdedit", None):
+            raise ValueError(f"`inversion` is {inversion!r}; it is 'ddim', 'sdedit' or None.")
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` is {strength}; it must be above 0 and at most 1.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
+        if isinstance(generator, list) and len(generator) != count * num_images_per_prompt:
+            raise ValueError(f"`generator` is a list of {len(generator)} for {count * num_images_per_prompt} images.")
+        if latents is not None and inversion is not None and image is not None:
+            raise ValueError("`latents` were given and `image` would be inverted to others; set `inversion=None`.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; known are {self._callback_tensor_inputs}."
+            )
+        count = len(difference) if isinstance(difference, (list, tuple)) else 1
+        if isinstance(difference_scale, (list, tuple)) and len(difference_scale) != count:
+            raise ValueError(f"`difference_scale` has {len(difference_scale)} scales for {count} differences.")
+
+    def _resolve_difference(self, difference: Any, difference_scale: Union[float, Sequence[float]]) -> Any:
+        """Files, tokens, or several of them, with their scales, as one `DifferenceTokens` that fits this model."""
+        given = list(difference) if isinstance(difference, (list, tuple)) else [difference]
+        if not given:
+            raise ValueError("`difference` is an empty list; give at least one difference, or leave it out.")
+        scales = difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale] * len(given)
+        scaled = [self._check_difference(d) * float(s) for d, s in zip(given, scales, strict=True)]
+        total = scaled[0]
+        for more in scaled[1:]:
+            total = total + more
+        rows = next(iter(total.embeddings.values()))
+        room = self.tokenizer.model_max_length - 2
+        if len(rows) > room:
+            raise ValueError(f"`difference` has {len(rows)} tokens; the text encoder's window has room for {room}.")
+        return total
+
+    def _check_difference(self, difference: Any) -> DifferenceTokens:
+        if isinstance(difference, (str, os.PathLike)):
+            difference = DifferenceTokens.load(difference)
+        # Not isinstance: a module loaded twice, as custom pipelines are, has two classes of this name.
+        if not (hasattr(difference, "embeddings") and hasattr(difference, "metadata")):
+            raise TypeError(
+                "`difference` must be DifferenceTokens, the path of a difference file, or a list of them, "
+                f"and is a {type(difference).__name__}."
+            )
+        embeddings = dict(difference.embeddings)
+        _check_embeddings(embeddings, "the given tokens")
+        if len(embeddings) != 1:
+            raise ValueError(
+                f"`difference` is for {len(embeddings)} text encoders ({', '.join(embeddings)}); this model has one."
+            )
+        rows = next(iter(embeddings.values()))
+        width = self.text_encoder.config.hidden_size
+        if rows.shape[1] != width:
+            raise ValueError(
+                f"`difference` has embeddings of size {rows.shape[1]}, and this model's text encoder has "
+                f"{width}: it was learned on another base model."
+            )
+        learned_on = difference.metadata.get("embedding_fingerprint")
+        if learned_on and learned_on != embedding_fingerprint(self.text_encoder):
+            logger.warning(
+                "`difference` was learned on another base model (%s) of the same size; it may still work, as "
+                "fine-tuned models share their embedding space.",
+                difference.metadata.get("base_model") or "not named",
+            )
+        return DifferenceTokens(embeddings, dict(difference.metadata))
+
+    # -------------------------------------------------------------------------------------------------- prompts
+
+    def _prompts_for(self, images: list, prompts: Optional[Union[str, list[str]]], name: str) -> list[str]:
+        """The given prompts, one an image, or the captioner's."""
+        if prompts is None:
+            return self.caption([flatten_image(image, name) for image in images])
+        return self._repeated(prompts, len(images))
+
+    def _repeated(self, prompts: Union[str, list[str]], count: int) -> list[str]:
+        prompts = as_list(prompts)
+        return prompts * count if len(prompts) == 1 else prompts
+
+    def _rows(self, difference: Optional[DifferenceTokens]) -> torch.Tensor:
+        """A difference's rows (num_tokens, dim) in float32; none where there is no difference."""
+        if difference is None:
+            return torch.zeros(0, self.text_encoder.config.hidden_size, device=self._execution_device)
+        return next(iter(difference.embeddings.values())).to(self._execution_device, torch.float32)
+
+    @torch.no_grad()
+    def caption(self, images: list) -> list[str]:
+        """Describes images with the captioner, one string each.
+
+        Args:
+            images: PIL images, float arrays (height, width, 3) or tensors (3, height, width) as the pipeline takes.
+        """
+        pixels = [self._to_pil(image) for image in images]
+        inputs = self.captioner_processor(images=pixels, return_tensors="pt")
+        inputs = inputs.to(self._execution_device, self.captioner.dtype)
+        with frozen(self.captioner):
+            tokens = self.captioner.generate(**inputs, max_new_tokens=50)
+        return [text.strip() for text in self.captioner_processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _to_pil(self, image: Any) -> Image.Image:
+        image = flatten_image(image, "image")
+        if isinstance(image, Image.Image):
+            return image
+        return self.image_processor.postprocess(self.image_processor.preprocess(image), output_type="pil")[0]
+
+    def encode_prompt(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Encodes [P; D]: each prompt, then its rows, then the end token.
+
+        A prompt that leaves too little room is shortened; the rows never are.
+
+        Args:
+            prompts: `batch` strings.
+            rows: difference tokens, (batch, num_tokens, dim), or None.
+
+        Returns:
+            The text encoder's hidden states, (batch, length, dim), in the UNet's dtype.
+        """
+        num_rows = 0 if rows is None else rows.shape[1]
+        input_ids, slots = self._place_rows(prompts, num_rows)
+        mask = (input_ids != self.tokenizer.pad_token_id).long() if self._uses_attention_mask else None
+        if num_rows == 0:
+            return self.text_encoder(input_ids, attention_mask=mask)[0].to(self.unet.dtype)
+        with inserted_rows(self.text_encoder.get_input_embeddings(), slots, rows):
+            return self.text_encoder(input_ids, attention_mask=mask)[0].to(self.unet.dtype)
+
+    @property
+    def _uses_attention_mask(self) -> bool:
+        return bool(getattr(self.text_encoder.config, "use_attention_mask", False))
+
+    def _place_rows(self, prompts: list[str], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length)."""
+        tokenizer, length = self.tokenizer, self.tokenizer.model_max_length
+        room = length - 2 - num_rows
+        input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
+        slots = torch.zeros((len(prompts), length), dtype=torch.bool)
+        for line, prompt in enumerate(prompts):
+            words = tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=length).input_ids
+            if len(words) > room:
+                logger.info("The prompt %r has %d tokens and is shortened to %d.", prompt, len(words), room)
+            # The start token stands in for the rows: CLIP looks for the end token to pool at, and must find the end.
+            places = [tokenizer.bos_token_id] * num_rows
+            ids = [tokenizer.bos_token_id, *words[:room], *places, tokenizer.eos_token_id]
+            input_ids[line, : len(ids)] = torch.tensor(ids)
+            slots[line, len(ids) - 1 - num_rows : len(ids) - 1] = True
+        return input_ids.to(self._execution_device), slots.to(self._execution_device)
+
+    # --------------------------------------------------------------------------------------------------- images
+
+    def _common_size(self, images: list, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
+        """The size that all of a batch is brought to: what is asked for, else the first image's, in whole latents."""
+        own_height, own_width = self.image_processor.get_default_height_width(images[0])
+        height = (height or own_height) // self.vae_scale_factor * self.vae_scale_factor
+        width = (width or own_width) // self.vae_scale_factor * self.vae_scale_factor
+        if not height or not width:
+            raise ValueError(
+                f"`image` is smaller than {self.vae_scale_factor} pixels; give a larger one or a `height` "
+                "and a `width`."
+            )
+        return height, width
+
+    def _encode_images(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
+        """Latents (batch, channels, height / factor, width / factor) of images of any size, resized where need be."""
+        pixels = []
+        for image in images:
+            image = flatten_image(image, name)
+            shape = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape)
+            if size != shape and size not in (shape[:2], shape[1:]):
+                logger.info("`%s` is %s and is resized to %d×%d pixels.", name, "×".join(map(str, shape)), *size)
+            pixels.append(self.image_processor.preprocess(image, *size))
+        pixels = torch.cat(pixels).to(self._execution_device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+
+    # ---------------------------------------------------------------------------------------------------- delta
+
+    def _clip_delta(self, examples: list[_Example], befores: list, afters: list, alpha: float) -> torch.Tensor:
+        """The interpolated delta (dim,) of the pairs, their mean if they are several; equations 2 to 5."""
+        image_delta = self._clip_image_features(afters) - self._clip_image_features(befores)
+        before_prompts, after_prompts = (
+            [getattr(e, name) for e in examples] for name in ("before_prompt", "after_prompt")
+        )
+        text_delta = self._clip_text_features(after_prompts) - self._clip_text_features(before_prompts)
+        delta = interpolated_delta(image_delta.mean(0), text_delta.mean(0), alpha)
+        if not delta.any():
+            logger.warning(
+                "CLIP sees no difference between `before` and `after`; its loss will not guide the learning."
+            )
+        return delta
+
+    def _clip_image_features(self, images: list) -> torch.Tensor:
+        inputs = self.clip_processor(images=[self._to_pil(image) for image in images], return_tensors="pt")
+        pixel_values = inputs["pixel_values"].to(self._execution_device, self.clip.dtype)
+        return F.normalize(_features(self.clip.get_image_features(pixel_values=pixel_values)).float(), dim=-1)
+
+    def _clip_text_features(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in difference tokens."""
+        num_rows = 0 if rows is None else rows.shape[1]
+        input_ids, slots = self._place_rows(prompts, num_rows)
+        rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
+        with inserted_rows(self.clip.text_model.get_input_embeddings(), slots, rows):
+            return F.normalize(_features(self.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
+
+    # ------------------------------------------------------------------------------------------------- learning
+
+    @torch.no_grad()
+    def invert_difference(
+        self,
+        before: Any,
+        after: Any,
+        before_prompt: Optional[Union[str, list[str]]] = None,
+        after_prompt: Optional[Union[str, list[str]]] = None,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
+        num_tokens: int = 4,
+        num_optimization_steps: int = 100,
+        learning_rate: float = 2e-2,
+        alpha: float = 0.8,
+        lambda_clip: float = 0.01,
+        lambda_tc: float = 6.0,
+        init: str = "zeros",
+        num_samples_per_step: int = 4,
+        generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
+        callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
+    ) -> DifferenceTokens:
+        r"""
+        Learns what changed from `before` to `after` (paper, section 4).
+
+        Stopping it early loses nothing: on Ctrl-C, or when a callback sets `pipe._interrupt = True`, the best tokens so
+        far are returned.
+
+        Args:
+            before: the image before the change, or several; PIL images of any mode and size, arrays or tensors.
+            after: the image after it, or as many.
+            before_prompt: describes `before`; one for each image. Left out, the captioner writes it.
+            after_prompt: describes `after`, likewise.
+            height: to resize the images to, in pixels; the first image's own by default, in whole latents.
+            width: likewise.
+            num_tokens: rows to learn, 1 to the text encoder's window less two.
+            num_optimization_steps: optimizer steps, at least 1.
+            learning_rate: Adam's, at its highest; a cosine takes it to zero.
+            alpha: 0 trusts the images' delta, 1 the captions' (equation 5).
+            lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed.
+            lambda_tc: weight of the token consistency loss (equation 10).
+            init: `"zeros"` (section 4.4) or `"random"`, at the vocabulary's scale.
+            num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
+            generator: makes learning repeatable.
+            callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
+                `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
+
+        Returns:
+            The difference tokens that were best on a fixed set of noises and time steps.
+
+        Raises:
+            ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
+        """
+        self.check_learning_inputs(
+            before,
+            after,
+            before_prompt,
+            after_prompt,
+            num_tokens,
+            num_optimization_steps,
+            learning_rate,
+            alpha,
+            lambda_clip,
+            lambda_tc,
+            init,
+        )
+        generator = generator[0] if isinstance(generator, list) else generator
+        befores, afters = as_list(before), as_list(after)
+        self._interrupt = False
+        with frozen(self.vae, self.unet, self.text_encoder, self.clip):
+            # 1. Prompts and latents of each pair
+            examples = self._prepare_examples(befores, afters, before_prompt, after_prompt, height, width)
+            # 2. What CLIP says has changed
+            delta = self._clip_delta(examples, befores, afters, alpha) if lambda_clip > 0 else None
+            goal = _Goal(examples, delta, lambda_clip, lambda_tc)
+            # 3. The tokens
+            tokens = self._initial_tokens(num_tokens, init, generator)
+            tokens, loss = self._optimize(
+                tokens,
+                goal,
+                num_optimization_steps,
+                learning_rate,
+                num_samples_per_step,
+                generator,
+                callback_on_optimization_step,
+            )
+        self.maybe_free_model_hooks()
+        settings = {
+            "num_tokens": num_tokens,
+            "steps": num_optimization_steps,
+            "learning_rate": learning_rate,
+            "alpha": alpha,
+            "lambda_clip": lambda_clip,
+            "lambda_tc": lambda_tc,
+            "loss": f"{loss:.6g}",
+            "seed": "" if generator is None else generator.initial_seed(),
+            "before_prompt": examples[0].before_prompt,
+            "after_prompt": examples[0].after_prompt,
+        }
+        return DifferenceTokens({DEFAULT_TOKEN: tokens.cpu()}, self._metadata(settings))
+
+    def _metadata(self, settings: dict[str, Any]) -> dict[str, str]:
+        own = {
+            "format": FILE_FORMAT,
+            "format_version": FILE_FORMAT_VERSION,
+            "token": DEFAULT_TOKEN,
+            "base_model": self.config.get("_name_or_path") or "",
+            "prediction_type": self.scheduler.config.get("prediction_type", "epsilon"),
+            "embedding_fingerprint": embedding_fingerprint(self.text_encoder),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        return {name: str(value) for name, value in (own | settings).items()}
+
+    def _prepare_examples(self, befores, afters, before_prompt, after_prompt, height, width) -> list[_Example]:
+        size = self._common_size([flatten_image(befores[0], "before")], height, width)
+        before_latents = self._encode_images(befores, "before", size).split(1)
+        after_latents = self._encode_images(afters, "after", size).split(1)
+        before_prompts = self._prompts_for(befores, before_prompt, "before")
+        after_prompts = self._prompts_for(afters, after_prompt, "after")
+        parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
+        return [_Example(*part) for part in parts]
+
+    def _initial_tokens(self, num_tokens: int, init: str, generator: Optional[torch.Generator]) -> torch.Tensor:
+        """The tokens to start from, (num_tokens, dim), in float32 whatever the model's dtype."""
+        table = self.text_encoder.get_input_embeddings().weight
+        shape, device = (num_tokens, table.shape[1]), self._execution_device
+        if init == "zeros":
+            return torch.zeros(shape, device=device)
+        return randn_tensor(shape, generator=generator, device=device) * table.float().std()
+
+    def _optimize(
+        self,
+        tokens: torch.Tensor,
+        goal: _Goal,
+        num_optimization_steps: int,
+        learning_rate: float,
+        num_samples_per_step: int,
+        generator: Optional[torch.Generator],
+        callback: Optional[Callable],
+    ) -> tuple[torch.Tensor, float]:
+        """Minimises equation 10; returns the best tokens, and their loss, on a fixed draw of noises and time steps.
+
+        The loss of a step says more about the noises and time steps that it happened to draw than about the tokens.
+        """
+        tokens = tokens.requires_grad_(True)
+        optimizer = torch.optim.Adam([tokens], lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_optimization_steps)
+        probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
+        judge_every = max(1, num_optimization_steps // 10)
+        candidates = [(self._judge(tokens, goal, probe), tokens.detach().clone())]
+        step = 0
+        try:
+            progress_bar = self.progress_bar(range(num_optimization_steps))
+            for step in progress_bar:
+                example = goal.examples[step % len(goal.examples)]
+                draw = self._draw(example.before_latents, num_samples_per_step, generator)
+                with torch.enable_grad():
+                    losses = self._losses(tokens, example, draw, goal)
+                    losses["loss"].backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                values = {name: float(value) for name, value in losses.items()}
+                progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+                if (step + 1) % judge_every == 0:
+                    candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
+                if callback is not None:
+                    callback(self, step, {**values, "tokens": tokens.detach().clone()})
+                if self.interrupt:
+                    break
+        except KeyboardInterrupt:
+            logger.warning(
+                "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
+                step + 1,
+                num_optimization_steps,
+            )
+        candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
+        loss, best = min(candidates, key=lambda candidate: candidate[0])
+        return best, loss
+
+    def _losses(self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal) -> dict[str, torch.Tensor]:
+        """Equation 10 and its two parts; a part of weight zero is not computed."""
+        losses = {"loss": 0.0}
+        if goal.lambda_clip > 0:
+            losses["clip_loss"] = clip_loss(self._clip_text_features([""], tokens[None])[0], goal.delta)
+            losses["loss"] = losses["loss"] + goal.lambda_clip * losses["clip_loss"]
+        if goal.lambda_tc > 0:
+            losses["token_consistency_loss"] = self._token_consistency_loss(tokens, example, draw)
+            losses["loss"] = losses["loss"] + goal.lambda_tc * losses["token_consistency_loss"]
+        return losses
+
+    def _judge(self, tokens: torch.Tensor, goal: _Goal, probe: _Draw) -> float:
+        losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
+        return sum(losses) / len(losses)
+
+    def _draw(self, latents: torch.Tensor, samples: int, generator, jitter: bool = True) -> _Draw:
+        """Noises, and time steps spread evenly over the schedule: one in each of `samples` equal stretches of it."""
+        device = latents.device
+        noise = randn_tensor((samples, *latents.shape[1:]), generator=generator, device=device, dtype=latents.dtype)
+        places = torch.full((samples,), 0.5)
+        if jitter:
+            places = torch.rand(samples, generator=generator, device=generator.device if generator else "cpu")
+        num_train_timesteps = self.scheduler.config.num_train_timesteps
+        timesteps = (torch.arange(samples) + places.cpu()) * num_train_timesteps / samples
+        return _Draw(noise, timesteps.long().clamp(max=num_train_timesteps - 1).to(device))
+
+    def _token_consistency_loss(self, tokens: torch.Tensor, example: _Example, draw: _Draw) -> torch.Tensor:
+        """Equations 7 to 9. The prompts are crossed: A's with +D draws A', and that of A' with -D draws A."""
+        samples = len(draw.timesteps)
+        rows = torch.stack([tokens, -tokens])  # [2, num_tokens, dim]
+        prompt_embeds = self.encode_prompt([example.before_prompt, example.after_prompt], rows)
+        prompt_embeds = prompt_embeds.repeat_interleave(samples, dim=0)  # [2 * samples, length, dim]
+        latents = torch.cat([example.after_latents, example.before_latents]).repeat_interleave(samples, dim=0)
+        noise, timesteps = draw.noise.repeat(2, 1, 1, 1), draw.timesteps.repeat(2)
+        # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
+        training_schedule = DDPMScheduler.from_config(self.scheduler.config)
+        noisy_latents = training_schedule.add_noise(latents, noise, timesteps)
+        prediction = self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds).sample
+        return token_consistency_loss(prediction, _prediction_target(training_schedule, latents, noise, timesteps))
+
+    # ---------------------------------------------------------------------------------- inverting and denoising
+
+    def _ddim_inversion(self, latents, prompt_embeds, num_inference_steps: int, num_steps: int) -> torch.Tensor:
+        """Walks latents (batch, ...) up the first `num_steps` of the deterministic path on which DDIM comes down."""
+        scheduler = DDIMInverseScheduler.from_config(self.scheduler.config, clip_sample=False)
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        for t in self.progress_bar(scheduler.timesteps[:num_steps]):
+            prediction = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            latents = scheduler.step(prediction, t, latents).prev_sample
+        return latents
+
+    def _denoise(
+        self,
+        latents,
+        scheduler,
+        timesteps,
+        prompt_embeds,
+        negative_prompt_embeds,
+        guidance_scale,
+        eta,
+        generator,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs,
+    ) -> torch.Tensor:
+        """Draws latents (batch, ...) guided from the negative prompts' prediction towards the prompts'."""
+        extra = {}
+        if isinstance(scheduler, DDIMScheduler):
+            extra = {"eta": eta, "generator": generator}
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                inputs = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+                embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+                baseline, changed = self.unet(inputs, t, encoder_hidden_states=embeds).sample.chunk(2)
+                prediction = baseline + guidance_scale * (changed - baseline)
+                latents = scheduler.step(prediction, t, latents, **extra).prev_sample
+                if callback_on_step_end is not None:
+                    known = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    known |= callback_on_step_end(self, i, t, wanted) or {}
+                    latents, prompt_embeds = known["latents"], known["prompt_embeds"]
+                    negative_prompt_embeds = known["negative_prompt_embeds"]
+                progress_bar.update()
+        return latents
+
+    def _start(
+        self,
+        images,
+        size,
+        prompt_embeds,
+        inversion,
+        num_inference_steps,
+        strength,
+        num_images_per_prompt,
+        generator,
+        latents,
+        batch_size,
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Where denoising begins: latents, and the scheduler and time steps that lead down from there."""
+        # A copy, so that neither the caller's scheduler nor its time steps are touched.
+        family = type(self.scheduler) if inversion is None else DDIMScheduler
+        known = {"clip_sample": False} if family is DDIMScheduler else {}
+        scheduler = family.from_config(self.scheduler.config, **known)
+        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        timesteps = scheduler.timesteps
+        if inversion is None:
+            shape = (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
+            if latents is None:
+                latents = randn_tensor(
+                    shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
+                )
+            latents = latents.to(self._execution_device, self.unet.dtype)
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
+            return latents * scheduler.init_noise_sigma, scheduler, timesteps
+        num_steps = max(1, round(num_inference_steps * strength))
+        timesteps = timesteps[-num_steps:]
+        clean = self._encode_images(images, "image", size).to(self.unet.dtype)
+        if inversion == "ddim":
+            latents = self._ddim_inversion(clean, prompt_embeds, num_inference_steps, num_steps)
+            return latents.repeat_interleave(num_images_per_prompt, dim=0), scheduler, timesteps
+        clean = clean.repeat_interleave(num_images_per_prompt, dim=0)
+        noise = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
+        return scheduler.add_noise(clean, noise, timesteps[:1]), scheduler, timesteps
+
+    # ------------------------------------------------------------------------------------------------- the call
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image: Any = None,
+        before: Any = None,
+        after: Any = None,
+        difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
+        difference_scale: Union[float, list[float]] = 1.0,
+        prompt: Optional[Union[str, list[str]]] = None,
+        source_prompt: Optional[Union[str, list[str]]] = None,
+        before_prompt: Optional[Union[str, list[str]]] = None,
+        after_prompt: Optional[Union[str, list[str]]] = None,
+        negative_prompt: Optional[Union[str, list[str]]] = None,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
+        num_tokens: int = 4,
+        num_optimization_steps: int = 100,
+        learning_rate: float = 2e-2,
+        alpha: float = 0.8,
+        lambda_clip: float = 0.01,
+        lambda_tc: float = 6.0,
+        init: str = "zeros",
+        num_inference_steps: int = 50,
+        guidance_scale: Optional[float] = None,
+        inversion: Optional[str] = "ddim",
+        strength: float = 1.0,
+        eta: float = 0.0,
+        num_images_per_prompt: int = 1,
+        generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
+        latents: Optional[torch.Tensor] = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
+        callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, dict], dict]] = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Union[DifferenceInversionPipelineOutput, tuple]:
+        r"""
+        Applies a difference to query images: one learned now from `before` and `after`, or a given one.
+
+        Args:
+            image: the query image B, or several; PIL images of any mode, arrays or tensors. Left out, `prompt` and the
+                difference make an image from noise.
+            before: A; see [`invert_difference`], which takes this and the other arguments of learning.
+            after: A'.
+            difference: difference tokens, the path of a difference file, or a list of them to apply together.
+            difference_scale: how much of the difference, or of each; negative runs it backwards.
+            prompt: describes the query, one for each image. Left out, the captioner writes it.
+            source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
+                With both, no difference is needed: the query is redrawn by the words alone.
+            before_prompt: describes `before`.
+            after_prompt: describes `after`.
+            negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
+                the difference alone, or the empty prompt where there is no query image.
+            height: of the answer, in pixels; the query's own by default, in whole latents.
+            width: likewise.
+            num_tokens: rows to learn.
+            num_optimization_steps: steps of learning.
+            learning_rate: of learning.
+            alpha: 0 trusts the images' delta, 1 the captions'.
+            lambda_clip: weight of the CLIP loss.
+            lambda_tc: weight of the token consistency loss.
+            init: `"zeros"` or `"random"`.
+            num_inference_steps: steps of inversion and of denoising.
+            guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
+                says, more exaggerates. By default 1.5 for a query image and 7.5 for text to image.
+            inversion: how the query becomes the starting point. `"ddim"` retraces DDIM's own path, and keeps the
+                query best; `"sdedit"` adds noise; None starts from `latents` or from noise.
+            strength: how far up the schedule the query is taken, above 0 to 1; less keeps more of it.
+            eta: noise that DDIM adds at each step, 0 to 1.
+            num_images_per_prompt: answers for each query; they differ where noise is drawn.
+            generator: makes results repeatable; a list has one for each answer.
+            latents: to start from with `inversion=None`, (batch, channels, height / factor, width / factor).
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: whether to return a [`DifferenceInversionPipelineOutput`] or a tuple.
+            callback_on_optimization_step: see [`invert_difference`].
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each denoising step; tensors
+                in the dictionary that it returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it gets.
+
+        Examples:
+
+        Returns:
+            [`DifferenceInversionPipelineOutput`] with `images` and `difference`, or the two as a tuple.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: for arguments that cannot be used, by name, before any model runs.
+        """
+        # 1. Check everything before any model runs
+        self.check_inputs(
+            image,
+            prompt,
+            source_prompt,
+            negative_prompt,
+            difference,
+            difference_scale,
+            height,
+            width,
+            num_inference_steps,
+            inversion,
+            strength,
+            num_images_per_prompt,
+            generator,
+            latents,
+            callback_on_step_end_tensor_inputs,
+        )
+        learning = {
+            "before": before,
+            "after": after,
+            "before_prompt": before_prompt,
+            "after_prompt": after_prompt,
+            "num_tokens": num_tokens,
+            "num_optimization_steps": num_optimization_steps,
+            "learning_rate": learning_rate,
+            "alpha": alpha,
+            "lambda_clip": lambda_clip,
+            "lambda_tc": lambda_tc,
+            "init": init,
+        }
+        learns = before is not None or after is not None
+        by_words_alone = image is not None and prompt is not None and source_prompt is not None
+        if difference is None and not learns and not by_words_alone:
+            raise ValueError(
+                "`difference` is missing: give difference tokens or a difference file, or a pair of images "
+                "`before` and `after` to learn it from."
+            )
+        if difference is not None and learns:
+            raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
+        if learns:
+            self.check_learning_inputs(**learning)
+        elif difference is not None:
+            difference = self._resolve_difference(difference, difference_scale)
+        self._interrupt = False
+        self._guidance_scale = guidance_scale or (7.5 if image is None else 1.5)
+        inversion = None if image is None else inversion
+
+        # 2. Learn the difference, if it is not given
+        if learns:
+            difference = self.invert_difference(
+                **learning, generator=generator, callback_on_optimization_step=callback_on_optimization_step
+            )
+            difference = self._resolve_difference(difference, difference_scale)
+        self._interrupt = False
+
+        # 3. Prompts: the query's with the difference, its own, and what guidance leads away from
+        images = [] if image is None else as_list(image)
+        prompts = self._prompts_for(images, prompt, "image") if images else as_list(prompt)
+        source_prompts = self._repeated(source_prompt or prompts, len(prompts))
+        negative_prompts = self._repeated(negative_prompt or (source_prompts if images else ""), len(prompts))
+        rows = self._rows(difference).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
+        prompt_embeds = self.encode_prompt(prompts, rows)  # [batch, length, dim]
+        # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
+        source_embeds = self.encode_prompt(source_prompts, torch.zeros_like(rows))
+        negative_prompt_embeds = self.encode_prompt(negative_prompts, torch.zeros_like(rows))
+
+        # 4. Where denoising begins
+        factor = self.vae_scale_factor
+        native = [torch.empty(1, 3, *[self.unet.config.sample_size * factor] * 2)]
+        size = self._common_size([flatten_image(item, "image") for item in images] or native, height, width)
+        batch_size = len(prompts) * num_images_per_prompt
+        latents, scheduler, timesteps = self._start(
+            images,
+            size,
+            source_embeds,
+            inversion,
+            num_inference_steps,
+            strength,
+            num_images_per_prompt,
+            generator,
+            latents,
+            batch_size,
+        )
+        self._num_timesteps = len(timesteps)
+
+        # 5. Denoise along the difference
+        latents = self._denoise(
+            latents,
+            scheduler,
+            timesteps,
+            prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
+            negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
+            self._guidance_scale,
+            eta,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 6. Pixels
+        images = latents
+        if output_type != "latent":
+            pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, difference
+        return DifferenceInversionPipelineOutput(images=images, difference=difference)
+
+
+def _features(output: Any) -> torch.Tensor:
+    """CLIP's projected features, which transformers 5 wraps in an output object and transformers 4 does not."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def _prediction_target(scheduler: DDPMScheduler, latents, noise, timesteps) -> torch.Tensor:
+    """What the UNet should say: the noise, the velocity or the latents, by the model's `prediction_type`."""
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)
+    return noise if prediction_type == "epsilon" else latents

@@ -1,0 +1,268 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""Small random models in Stable Diffusion's layout, with real classes throughout, and pictures to put into them."""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).resolve().parent.parent
+STORYBOOK = ROOT / "examples" / "storybook"
+sys.path[:0] = [str(ROOT), str(STORYBOOK)]
+# Set before diffusers is imported: tests ask no network, and leave no copies of the pipeline in the user's cache.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules_")
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+from transformers import (  # noqa: E402
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens  # noqa: E402
+
+
+WIDTH = 16  # of the text encoder, and so of a difference
+SIDE = 32  # pixels
+FACTOR = 8  # pixels a latent
+PIPELINE_FILE = ROOT / "pipeline_difference_inversion.py"
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(STORYBOOK / "model" / "tokenizer")
+
+
+def build_clip(tokenizer: CLIPTokenizer, width: int = WIDTH, seed: int = 1) -> CLIPModel:
+    torch.manual_seed(seed)
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": width,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"image_size": SIDE, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=width))
+    with torch.no_grad():  # as large as positions, so that words count as they do after training
+        clip.text_model.get_input_embeddings().weight.normal_(std=0.3)
+    return clip.eval()
+
+
+def build_text_encoder(clip: CLIPModel) -> CLIPTextModel:
+    """Clip's text tower, with the same weights, as in Stable Diffusion."""
+    encoder = CLIPTextModel(clip.config.text_config)
+    missing, unexpected = encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
+    assert not missing and not unexpected
+    return encoder.eval()
+
+
+def build_vae(seed: int = 2) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=SIDE,
+        scaling_factor=1.3,
+    ).eval()
+
+
+def build_unet(width: int = WIDTH, seed: int = 3) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // FACTOR,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        cross_attention_dim=width,
+    )
+    with torch.no_grad():  # a random model hardly listens to its prompt; make this one listen
+        for name, parameter in unet.named_parameters():
+            if "attn2" in name and name.endswith("weight"):
+                parameter.mul_(4)
+    return unet.eval()
+
+
+def build_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def build_captioner() -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """Says many words about a picture: always the same about the same one, and others about another."""
+    torch.manual_seed(4)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = ["a", "red", "blue", "yellow", "cabin", "castle", "boat", "on", "snow", "grass", "by", "day", "night"]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(special + words)})
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 128,
+        "encoder_hidden_size": 16,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 1.0,
+    }
+    vision = {"image_size": SIDE, "patch_size": 8, "initializer_range": 1.0}
+    captioner = BlipForConditionalGeneration(
+        BlipConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=16)
+    )
+    with torch.no_grad():  # words only: it goes on for as long as it may
+        captioner.text_decoder.cls.predictions.bias[: len(special)] = -1e4
+    processor = BlipProcessor(BlipImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer)
+    return captioner.eval(), processor
+
+
+def build_components(prediction_type: str = "epsilon") -> dict:
+    """Everything that learning and applying need, but no captioner."""
+    tokenizer = build_tokenizer()
+    clip = build_clip(tokenizer)
+    size = {"height": SIDE, "width": SIDE}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
+    return {
+        "vae": build_vae(),
+        "text_encoder": build_text_encoder(clip),
+        "tokenizer": tokenizer,
+        "unet": build_unet(),
+        "scheduler": build_scheduler(prediction_type),
+        "clip": clip,
+        "clip_processor": CLIPProcessor(image_processor, tokenizer),
+    }
+
+
+def build_pipeline(prediction_type: str = "epsilon", **components) -> DifferenceInversionPipeline:
+    pipe = DifferenceInversionPipeline(**build_components(prediction_type) | components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(color: str = "red", sky: str = "navy", size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    """A house on a lawn; width and height in pixels."""
+    width, height = size
+    image = Image.new("RGB", size, sky)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, height * 5 // 8, width, height), fill="green")
+    draw.rectangle((width // 4, height // 4, width // 2, height * 3 // 4), fill=color)
+    return image
+
+
+def random_tokens(num_tokens: int = 2, width: int = WIDTH, seed: int = 5, scale: float = 0.5) -> DifferenceTokens:
+    rows = scale * torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed))
+    return DifferenceTokens({"<difference>": rows}, {"before_prompt": "a cabin", "after_prompt": "a castle"})
+
+
+def rows_of(difference) -> torch.Tensor:
+    (rows,) = difference.embeddings.values()
+    return rows
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def forward_calls(*modules: torch.nn.Module):
+    """A list that grows by (module, arguments, keyword arguments, output, gradients wanted) with every call."""
+    calls = []
+
+    def note(module, arguments, keywords, output):
+        calls.append((module, arguments, keywords, output, torch.is_grad_enabled()))
+
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def logged(name: str = "pipeline_difference_inversion"):
+    """The pipeline's log lines, as texts."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small are slowed down by threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pipe() -> DifferenceInversionPipeline:
+    """Predicts noise; has CLIP, no captioner."""
+    return build_pipeline()
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def either_pipe(request) -> DifferenceInversionPipeline:
+    """Predicts noise, then velocity."""
+    return build_pipeline(request.param)
+
+
+@pytest.fixture
+def pair() -> dict:
+    """Arguments of learning that name a before, an after and their prompts."""
+    return {
+        "before": picture("red"),
+        "after": picture("yellow"),
+        "before_prompt": "a red cabin",
+        "after_prompt": "a yellow castle on snow",
+    }

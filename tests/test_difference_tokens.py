@@ -1,0 +1,277 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WIDTH, build_components, build_pipeline, random_tokens, rows_of, seeded
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pipeline_difference_inversion import DifferenceTokens
+
+
+@pytest.fixture
+def tokens() -> DifferenceTokens:
+    return random_tokens(num_tokens=3)
+
+
+# -------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_a_difference_can_be_scaled_from_either_side(tokens):
+    torch.testing.assert_close(rows_of(0.5 * tokens), 0.5 * rows_of(tokens))
+    torch.testing.assert_close(rows_of(tokens * 2), 2 * rows_of(tokens))
+
+
+def test_a_negated_difference_is_the_change_undone(tokens):
+    torch.testing.assert_close(rows_of(-tokens), -rows_of(tokens))
+    torch.testing.assert_close(rows_of(-(-tokens)), rows_of(tokens))
+
+
+def test_a_sum_has_the_rows_of_both_one_after_the_other(tokens):
+    other = random_tokens(num_tokens=2, seed=6)
+    torch.testing.assert_close(rows_of(tokens + other), torch.cat([rows_of(tokens), rows_of(other)]))
+    assert list((tokens + other).embeddings) == ["<difference>"]
+
+
+def test_arithmetic_leaves_its_operands_alone(tokens):
+    rows, metadata = rows_of(tokens).clone(), dict(tokens.metadata)
+    results = [0.5 * tokens, -tokens, tokens + tokens]
+    for result in results:
+        rows_of(result).zero_()
+        result.metadata["before_prompt"] = "something else"
+    assert torch.equal(rows_of(tokens), rows)
+    assert tokens.metadata == metadata
+
+
+def test_differences_for_different_numbers_of_text_encoders_do_not_add(tokens):
+    other = DifferenceTokens({"clip_l": torch.zeros(2, 8), "clip_g": torch.zeros(2, 16)})
+    with pytest.raises(ValueError, match="text encoders"):
+        tokens + other
+
+
+def test_to_gives_a_copy_in_another_type(tokens):
+    half = tokens.to(dtype=torch.float16)
+    assert rows_of(half).dtype == torch.float16
+    assert rows_of(tokens).dtype == torch.float32
+    assert half.metadata == tokens.metadata
+
+
+def test_repr_says_name_shape_and_prompts_and_no_numbers():
+    text = repr(random_tokens(num_tokens=3))
+    for part in ("DifferenceTokens", "<difference>", f"(3, {WIDTH})", "a cabin", "a castle"):
+        assert part in text
+    assert "tensor" not in text
+    assert "\n" not in text
+
+
+def test_repr_does_without_prompts():
+    assert repr(DifferenceTokens({"<difference>": torch.zeros(1, 4)})) == "DifferenceTokens(<difference> (1, 4))"
+
+
+# ------------------------------------------------------------------------------------------------------ saving
+
+
+def test_a_saved_difference_loads_as_it_was(tokens, tmp_path):
+    path = tokens.save(tmp_path / "cabin_to_castle.safetensors")
+    loaded = DifferenceTokens.load(path)
+    assert list(loaded.embeddings) == ["<difference>"]
+    assert torch.equal(rows_of(loaded), rows_of(tokens))
+    assert tokens.metadata.items() <= loaded.metadata.items()
+    assert repr(loaded) == repr(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_floating_point_type_is_kept(tokens, tmp_path, dtype):
+    loaded = DifferenceTokens.load(tokens.to(dtype=dtype).save(tmp_path / "d.safetensors"))
+    assert torch.equal(rows_of(loaded), rows_of(tokens).to(dtype))
+
+
+def test_a_file_for_two_text_encoders_loads_as_it_was(tmp_path):
+    both = DifferenceTokens({"clip_l": torch.randn(2, 8), "clip_g": torch.randn(2, 16)})
+    loaded = DifferenceTokens.load(both.save(tmp_path / "two.safetensors"))
+    assert set(loaded.embeddings) == {"clip_l", "clip_g"}
+    for name, rows in both.embeddings.items():
+        assert torch.equal(loaded.embeddings[name], rows)
+
+
+def test_the_file_says_what_it_is(tokens, tmp_path):
+    with safe_open(tokens.save(tmp_path / "d.safetensors"), framework="pt") as file:
+        assert file.metadata()["format"] == "difference-tokens"
+        assert file.metadata()["format_version"] == "1"
+        assert list(file.keys()) == ["<difference>"]
+
+
+def test_a_foreign_file_saved_again_says_that_it_is_ours(tmp_path):
+    save_file({"<cat>": torch.randn(2, WIDTH)}, tmp_path / "cat.safetensors", metadata={"format": "pt"})
+    path = DifferenceTokens.load(tmp_path / "cat.safetensors").save(tmp_path / "again.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "difference-tokens"
+
+
+def test_a_name_without_ending_gets_one_and_folders_are_made(tokens, tmp_path):
+    path = tokens.save(str(tmp_path / "new" / "folder" / "cabin_to_castle"))
+    assert path == tmp_path / "new" / "folder" / "cabin_to_castle.safetensors"
+    assert torch.equal(rows_of(DifferenceTokens.load(str(path))), rows_of(tokens))
+
+
+def test_saving_again_replaces_the_file_and_leaves_nothing_beside_it(tokens, tmp_path):
+    tokens.save(tmp_path / "d.safetensors")
+    (-tokens).save(tmp_path / "d.safetensors")
+    assert torch.equal(rows_of(DifferenceTokens.load(tmp_path / "d.safetensors")), -rows_of(tokens))
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+
+
+def test_a_saved_file_can_be_read_by_others(tokens, tmp_path):
+    assert tokens.save(tmp_path / "d.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize("name", ["<Cabin-To-Castle>", "CLIP_L"])
+def test_upper_case_names_are_refused_before_anything_is_written(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}.*lower case"):
+        DifferenceTokens({name: torch.zeros(2, 4)}).save(tmp_path / "d.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def shared_memory() -> DifferenceTokens:
+    rows = torch.zeros(2, 4)
+    return DifferenceTokens({"<one>": rows, "<two>": rows})
+
+
+def a_number_as_metadata() -> DifferenceTokens:
+    return DifferenceTokens({"<difference>": torch.zeros(2, 4)}, {"steps": 100})
+
+
+@pytest.mark.parametrize("unwritable", [shared_memory, a_number_as_metadata])
+def test_a_difference_that_cannot_be_written_leaves_the_old_file_whole(unwritable, tokens, tmp_path):
+    path = tokens.save(tmp_path / "d.safetensors")
+    old = path.read_bytes()
+    with pytest.raises(Exception):  # noqa: B017 - safetensors' own, which differs by version
+        unwritable().save(path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file_whole(tokens, tmp_path):
+    path = tokens.save(tmp_path / "d.safetensors")
+    old = path.read_bytes()
+    large = DifferenceTokens({"<difference>": torch.randn(40, 1024)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            large.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_place_of_the_file_is_left_alone(tokens, tmp_path):
+    folder = tmp_path / "d.safetensors"
+    folder.mkdir()
+    with pytest.raises(OSError):
+        tokens.save(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+# ----------------------------------------------------------------------------------------------------- loading
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`difference`.*nowhere.safetensors"):
+        DifferenceTokens.load(tmp_path / "nowhere.safetensors")
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_a_pickle_is_refused_by_name_and_does_not_run(write, tmp_path):
+    path, mark = tmp_path / "trap.safetensors", tmp_path / "it_ran"
+    write({"<difference>": torch.zeros(2, 4), "trap": Trap(mark)}, path)
+    with pytest.raises(ValueError, match="`difference`.*trap.safetensors.*pickle"):
+        DifferenceTokens.load(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_a_truncated_file_is_called_damaged(keep, tokens, tmp_path):
+    path = tokens.save(tmp_path / "d.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="`difference`.*d.safetensors.*damaged"):
+        DifferenceTokens.load(path)
+
+
+def test_a_picture_is_no_difference(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    with pytest.raises(ValueError, match="`difference`.*picture.png.*not a safetensors file"):
+        DifferenceTokens.load(path)
+
+
+WRONG_TENSORS = {
+    "one dimension": ({"<difference>": torch.zeros(4)}, r"\(4,\).*matrices"),
+    "three dimensions": ({"<difference>": torch.zeros(1, 2, 4)}, r"\(1, 2, 4\).*matrices"),
+    "integers": ({"<difference>": torch.zeros(2, 4, dtype=torch.int64)}, "int64.*floating-point"),
+    "not a number": ({"<difference>": torch.tensor([[0.0, float("nan")]])}, "not finite"),
+    "infinite": ({"<difference>": torch.tensor([[0.0, float("inf")]])}, "not finite"),
+    "no tensor": ({}, "no tensor"),
+}
+
+
+@pytest.mark.parametrize("tensors, message", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_tensors_that_are_no_difference_are_refused(tensors, message, tmp_path):
+    save_file(tensors, tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match=f"`difference`.*{message}"):
+        DifferenceTokens.load(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize("version", ["2", "17", "1.5", "next"])
+def test_a_newer_format_is_refused_with_the_remedy(version, tmp_path):
+    metadata = {"format": "difference-tokens", "format_version": version}
+    save_file({"<difference>": torch.zeros(2, 4)}, tmp_path / "d.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=f"`difference`.*format_version '{version}'.*[Uu]pdate"):
+        DifferenceTokens.load(tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_textual_inversion_from_elsewhere_is_accepted(metadata, tmp_path):
+    rows = torch.randn(2, WIDTH, generator=seeded())
+    save_file({"<cat>": rows}, tmp_path / "cat.safetensors", metadata=metadata)
+    loaded = DifferenceTokens.load(tmp_path / "cat.safetensors")
+    assert torch.equal(loaded.embeddings["<cat>"], rows)
+
+
+# ---------------------------------------------------------------------------------------- in stock Stable Diffusion
+
+
+def test_stock_stable_diffusion_loads_a_learned_difference_and_understands_it_as_we_do(pair, tmp_path):
+    pipe = build_pipeline()
+    difference = pipe.invert_difference(**pair, num_tokens=3, num_optimization_steps=3, generator=seeded())
+    path = difference.save(tmp_path / "difference.safetensors")
+    own = {name: part for name, part in build_components().items() if not name.startswith("clip")}
+    stock = StableDiffusionPipeline(**own, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+    stock.load_textual_inversion(str(path))
+
+    theirs, _ = stock.encode_prompt("a blue cabin <difference>", "cpu", 1, False)
+    ours = pipe.encode_prompt(["a blue cabin"], rows_of(difference)[None])
+    torch.testing.assert_close(ours, theirs)
+    without = pipe.encode_prompt(["a blue cabin"])
+    assert (ours - without).abs().max() > 0.1
+
+
+def test_the_file_holds_the_bare_matrix_that_other_programs_read(tokens, tmp_path):
+    tensors = load_file(tokens.save(tmp_path / "d.safetensors"))
+    assert {name: tuple(rows.shape) for name, rows in tensors.items()} == {"<difference>": (3, WIDTH)}

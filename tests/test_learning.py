@@ -1,0 +1,340 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from conftest import (
+    WIDTH,
+    build_captioner,
+    build_pipeline,
+    forward_calls,
+    logged,
+    picture,
+    rows_of,
+    seeded,
+)
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+
+class Diary:
+    """A callback that keeps what it was told, and may do something at one step."""
+
+    def __init__(self, at: int = -1, do=None):
+        self.entries, self.at, self.do = [], at, do
+
+    def __call__(self, pipe, step, values):
+        self.entries.append((step, values))
+        if step == self.at:
+            self.do(pipe)
+
+    def values(self, name: str) -> list:
+        return [values[name] for _, values in self.entries]
+
+
+def learn(pipe, pair, steps: int = 4, seed: int = 0, **options):
+    return pipe.invert_difference(**pair, num_optimization_steps=steps, generator=seeded(seed), **options)
+
+
+@torch.no_grad()
+def latents_of(pipe, image) -> torch.Tensor:
+    pixels = pipe.image_processor.preprocess(image)
+    return pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+
+def signal_and_noise(pipe, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of the latents and how much of the noise is in noisy latents."""
+    alphas = pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return alphas.sqrt(), (1 - alphas).sqrt()
+
+
+@torch.no_grad()
+def error_by_hand(pipe, image, prompt, rows, noise, timesteps) -> torch.Tensor:
+    """The UNet's mean squared error on an image under a prompt that ends in rows (equations 7 and 8)."""
+    latents = latents_of(pipe, image)
+    signal, spread = signal_and_noise(pipe, timesteps)
+    embeds = pipe.encode_prompt([prompt], rows[None]).expand(len(timesteps), -1, -1)
+    prediction = pipe.unet(signal * latents + spread * noise, timesteps, encoder_hidden_states=embeds).sample
+    velocity = signal * noise - spread * latents
+    target = velocity if pipe.scheduler.config.prediction_type == "v_prediction" else noise
+    return (prediction - target).square().mean()
+
+
+def loss_on_a_fixed_set(pipe, pair, rows) -> float:
+    noise, timesteps = torch.randn(16, 4, 4, 4, generator=seeded(99)), torch.arange(30, 1000, 61)
+    after = error_by_hand(pipe, pair["after"], pair["before_prompt"], rows, noise, timesteps)
+    before = error_by_hand(pipe, pair["before"], pair["after_prompt"], -rows, noise, timesteps)
+    return float(after + before)
+
+
+# ---------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_prompts_are_crossed_and_the_difference_is_turned_round_for_the_image_before(either_pipe, pair, step):
+    """The loss that the callback is told is recomputed by hand from the noise and time steps of that very step."""
+    pipe, diary = either_pipe, Diary()
+    with forward_calls(pipe.unet) as calls:
+        learn(pipe, pair, steps=2, callback_on_optimization_step=diary)
+    _, (noisy, timesteps), _, _, _ = [call for call in calls if call[4]][step]  # those with gradients
+    timesteps = timesteps.chunk(2)[0]
+    signal, spread = signal_and_noise(pipe, timesteps)
+    noisy_after, noisy_before = noisy.detach().chunk(2)
+    noise = (noisy_after - signal * latents_of(pipe, pair["after"])) / spread
+    noise_before = (noisy_before - signal * latents_of(pipe, pair["before"])) / spread
+    torch.testing.assert_close(noise, noise_before, atol=1e-4, rtol=1e-4)
+
+    # The tokens start at zero; those of the second step are what the callback saw after the first.
+    rows = torch.zeros_like(diary.values("tokens")[0]) if step == 0 else diary.values("tokens")[0]
+    reported = diary.values("token_consistency_loss")[step]
+
+    def by_hand(prompt_for_after, rows_for_after, prompt_for_before, rows_for_before) -> float:
+        after = error_by_hand(pipe, pair["after"], prompt_for_after, rows_for_after, noise, timesteps)
+        before = error_by_hand(pipe, pair["before"], prompt_for_before, rows_for_before, noise, timesteps)
+        return float(after + before)
+
+    crossed = by_hand(pair["before_prompt"], rows, pair["after_prompt"], -rows)
+    straight = by_hand(pair["after_prompt"], rows, pair["before_prompt"], -rows)
+    assert reported == pytest.approx(crossed, rel=1e-5)
+    assert reported != pytest.approx(straight, rel=5e-4)
+    if step == 1:
+        turned = by_hand(pair["before_prompt"], -rows, pair["after_prompt"], rows)
+        assert reported != pytest.approx(turned, rel=5e-4)
+
+
+def test_the_callback_sees_steps_losses_and_tokens(pipe, pair):
+    diary = Diary()
+    learn(pipe, pair, steps=3, num_tokens=5, lambda_clip=0.5, lambda_tc=2.0, callback_on_optimization_step=diary)
+    assert [step for step, _ in diary.entries] == [0, 1, 2]
+    for _, values in diary.entries:
+        assert values["loss"] == pytest.approx(0.5 * values["clip_loss"] + 2 * values["token_consistency_loss"])
+        assert values["tokens"].shape == (5, WIDTH)
+    first, second, _ = diary.values("tokens")
+    assert not torch.equal(first, second)
+
+
+def test_learning_lowers_the_loss_on_a_fixed_set_of_noises_and_time_steps(either_pipe, pair):
+    rows = rows_of(learn(either_pipe, pair, steps=40))
+    at_first = loss_on_a_fixed_set(either_pipe, pair, torch.zeros_like(rows))
+    assert loss_on_a_fixed_set(either_pipe, pair, rows) < 0.98 * at_first
+
+
+def test_learning_by_clip_alone_turns_the_tokens_towards_the_delta(pipe, pair):
+    diary = Diary()
+    learn(pipe, pair, steps=30, lambda_clip=1.0, lambda_tc=0.0, callback_on_optimization_step=diary)
+    assert diary.values("clip_loss")[-1] < 0.5 * diary.values("clip_loss")[0]
+
+
+def test_alpha_chooses_between_images_and_captions(pipe, pair):
+    options = {"lambda_clip": 1.0, "lambda_tc": 0.0}
+    by_images, by_captions = (rows_of(learn(pipe, pair, alpha=alpha, **options)) for alpha in (0.0, 1.0))
+    other_captions = pair | {"after_prompt": "a boat on water"}
+    other_pictures = pair | {"after": picture("blue", "white")}
+
+    def apart(other_pair, alpha, rows) -> float:
+        return float((rows_of(learn(pipe, other_pair, alpha=alpha, **options)) - rows).abs().max())
+
+    assert apart(other_captions, 0.0, by_images) < 1e-5
+    assert apart(other_captions, 1.0, by_captions) > 1e-2
+    assert apart(other_pictures, 1.0, by_captions) < 1e-5
+    assert apart(other_pictures, 0.0, by_images) > 1e-2
+
+
+def test_learning_that_goes_wrong_gives_nothing_worse_than_no_difference(pipe, pair):
+    rows = rows_of(learn(pipe, pair, steps=10, learning_rate=100.0))
+    at_first = loss_on_a_fixed_set(pipe, pair, torch.zeros_like(rows))
+    assert loss_on_a_fixed_set(pipe, pair, rows) <= 1.01 * at_first
+
+
+# ------------------------------------------------------------------------------------------- what can be chosen
+
+
+def test_tokens_start_at_zero_and_move_by_the_learning_rate(pipe, pair):
+    diary = Diary()
+    learn(pipe, pair, steps=2, learning_rate=1e-5, callback_on_optimization_step=diary)
+    assert diary.values("tokens")[0].abs().max() <= 1.01e-5
+    assert diary.values("tokens")[0].any()
+
+
+def test_random_tokens_start_anywhere_by_the_seed(pipe, pair):
+    starts = []
+    for seed in (0, 1):
+        diary = Diary()
+        options = {"init": "random", "learning_rate": 1e-5, "callback_on_optimization_step": diary}
+        learn(pipe, pair, steps=1, seed=seed, **options)
+        starts.append(diary.values("tokens")[0])
+    assert all(start.std() > 0.05 for start in starts)
+    assert (starts[0] - starts[1]).abs().max() > 0.05
+
+
+def test_the_same_seed_learns_the_same_tokens_and_another_seed_others(pipe, pair):
+    first, again, other = (rows_of(learn(pipe, pair, seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_difference_says_how_it_was_learned(pipe, pair):
+    metadata = learn(pipe, pair, steps=3, seed=7, num_tokens=2, alpha=0.25, learning_rate=0.01).metadata
+    expected = {
+        "format": "difference-tokens",
+        "format_version": "1",
+        "token": "<difference>",
+        "num_tokens": "2",
+        "steps": "3",
+        "alpha": "0.25",
+        "learning_rate": "0.01",
+        "seed": "7",
+        "before_prompt": "a red cabin",
+        "after_prompt": "a yellow castle on snow",
+        "prediction_type": "epsilon",
+    }
+    assert expected.items() <= metadata.items()
+    assert float(metadata["loss"]) > 0
+    for name in ("base_model", "lambda_clip", "lambda_tc", "embedding_fingerprint", "torch", "diffusers", "created"):
+        assert name in metadata
+    assert all(isinstance(value, str) for value in metadata.values())
+
+
+def test_several_pairs_give_one_difference_that_serves_them_all(pipe, pair):
+    pairs = {
+        "before": [picture("red"), picture("blue", "white")],
+        "after": [picture("yellow"), picture("purple", "white")],
+        "before_prompt": ["a red cabin", "a blue boat"],
+        "after_prompt": ["a yellow castle on snow", "a purple boat by day"],
+    }
+    difference = learn(pipe, pairs, steps=40)
+    assert rows_of(difference).shape[1] == WIDTH
+    for i in range(2):
+        one = {name: values[i] for name, values in pairs.items()}
+        at_first = loss_on_a_fixed_set(pipe, one, torch.zeros_like(rows_of(difference)))
+        assert loss_on_a_fixed_set(pipe, one, rows_of(difference)) < at_first
+    assert not torch.equal(rows_of(difference), rows_of(learn(pipe, pair, steps=40)))
+
+
+def test_one_prompt_serves_several_pairs(pipe):
+    images = {"before": [picture("red"), picture("blue")], "after": (picture("yellow"), picture("purple"))}
+    once = learn(pipe, images, before_prompt="a cabin", after_prompt="a castle")
+    twice = learn(pipe, images, before_prompt=["a cabin"] * 2, after_prompt=["a castle"] * 2)
+    assert torch.equal(rows_of(once), rows_of(twice))
+
+
+def test_images_before_and_after_may_have_two_sizes(pipe, pair):
+    with logged() as lines:
+        difference = learn(pipe, pair | {"after": picture("yellow", size=(48, 40))})
+    assert torch.isfinite(rows_of(difference)).all()
+    assert any("`after`" in line and "48" in line and "resized" in line for line in lines)
+
+
+def test_height_and_width_say_at_which_size_to_learn(pipe, pair):
+    with forward_calls(pipe.unet) as calls:
+        learn(pipe, pair, steps=1, height=24, width=40)
+    assert {tuple(arguments[0].shape[1:]) for _, arguments, _, _, _ in calls} == {(4, 3, 5)}
+
+
+def test_the_captioner_writes_prompts_that_are_not_given(pair):
+    captioner, processor = build_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    captions = pipe.caption([pair["before"], pair["after"]])
+    assert all(captions) and captions[0] != captions[1]
+    difference = learn(pipe, {"before": pair["before"], "after": pair["after"]})
+    assert difference.metadata["before_prompt"] == captions[0]
+    assert difference.metadata["after_prompt"] == captions[1]
+    given = learn(pipe, pair | {"before_prompt": captions[0], "after_prompt": captions[1]})
+    assert torch.equal(rows_of(difference), rows_of(given))
+
+
+def test_equal_captions_leave_it_to_the_images(pipe, pair):
+    difference = learn(pipe, pair | {"after_prompt": pair["before_prompt"]})
+    assert torch.isfinite(rows_of(difference)).all()
+    assert rows_of(difference).any()
+
+
+def test_equal_images_and_captions_are_said_to_be_equal(pipe, pair):
+    same = pair | {"after": pair["before"], "after_prompt": pair["before_prompt"]}
+    with logged() as lines:
+        difference = learn(pipe, same)
+    assert torch.isfinite(rows_of(difference)).all()
+    assert any("no difference" in line for line in lines)
+
+
+def test_learning_without_a_clip_loss_needs_no_clip(pair):
+    pipe = build_pipeline(clip=None, clip_processor=None)
+    assert rows_of(learn(pipe, pair, lambda_clip=0)).any()
+
+
+@pytest.mark.parametrize("family", [PNDMScheduler, EulerDiscreteScheduler])
+def test_the_users_scheduler_does_not_change_what_is_learned(pipe, pair, family):
+    expected = rows_of(learn(pipe, pair))
+    pipe.scheduler = family.from_config(pipe.scheduler.config)
+    torch.testing.assert_close(rows_of(learn(pipe, pair)), expected)
+
+
+def test_learning_works_in_half_precision_and_keeps_float32_tokens(pipe, pair):
+    pipe.to(torch.bfloat16)
+    difference = learn(pipe, pair)
+    assert rows_of(difference).dtype == torch.float32
+    assert torch.isfinite(rows_of(difference)).all()
+    assert rows_of(difference).any()
+
+
+# -------------------------------------------------------------------------------------------- stopping, and after
+
+
+def interrupt(pipe):
+    pipe._interrupt = True
+
+
+def press_ctrl_c(pipe):
+    raise KeyboardInterrupt
+
+
+def fail(pipe):
+    raise RuntimeError("a callback of the user's")
+
+
+@pytest.mark.parametrize("stop", [interrupt, press_ctrl_c])
+def test_stopping_early_keeps_the_best_tokens_so_far(pipe, pair, stop):
+    diary = Diary(at=5, do=stop)
+    rows = rows_of(learn(pipe, pair, steps=40, callback_on_optimization_step=diary))
+    assert len(diary.entries) == 6
+    assert any(torch.equal(rows, seen) for seen in diary.values("tokens"))
+    assert loss_on_a_fixed_set(pipe, pair, rows) < loss_on_a_fixed_set(pipe, pair, torch.zeros_like(rows))
+
+
+def test_learning_can_go_on_after_an_interruption(pipe, pair):
+    learn(pipe, pair, callback_on_optimization_step=Diary(at=0, do=interrupt))
+    diary = Diary()
+    learn(pipe, pair, steps=4, callback_on_optimization_step=diary)
+    assert len(diary.entries) == 4
+
+
+def state_of(pipe) -> dict:
+    """Everything about the components that learning could leave changed."""
+    state = {"vocabulary": len(pipe.tokenizer)}
+    for component in ("vae", "unet", "text_encoder", "clip"):
+        module = getattr(pipe, component)
+        for name, part in module.named_modules():
+            state[component, name, "training"] = part.training
+            state[component, name, "hooks"] = len(part._forward_hooks) + len(part._forward_pre_hooks)
+        for name, parameter in module.named_parameters():
+            state[component, name, "requires_grad"] = parameter.requires_grad
+            state[component, name, "grad"] = parameter.grad
+            state[component, name, "value"] = parameter.detach().numpy().tobytes()
+    return state
+
+
+@pytest.mark.parametrize("do", [None, interrupt, press_ctrl_c, fail])
+def test_components_come_back_as_they_were(pipe, pair, do):
+    pipe.unet.train()
+    pipe.text_encoder.train()
+    pipe.text_encoder.get_input_embeddings().eval()
+    pipe.unet.conv_in.requires_grad_(False)
+    pipe.vae.requires_grad_(False)
+    before = state_of(pipe)
+    assert {before["unet", "conv_in", "training"], before["vae", "encoder", "training"]} == {True, False}
+    diary = Diary(at=1, do=do) if do else None
+    if do is fail:
+        with pytest.raises(RuntimeError, match="a callback of the user's"):
+            learn(pipe, pair, callback_on_optimization_step=diary)
+    else:
+        learn(pipe, pair, callback_on_optimization_step=diary)
+    after = state_of(pipe)
+    assert {key for key in before if before[key] != after[key]} == set()
+    assert before.keys() == after.keys()

@@ -1,0 +1,945 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    PIPELINE_FILE,
+    SIDE,
+    WIDTH,
+    build_captioner,
+    build_clip,
+    build_components,
+    build_pipeline,
+    build_tokenizer,
+    forward_calls,
+    logged,
+    picture,
+    random_tokens,
+    rows_of,
+    seeded,
+)
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
+
+
+STEPS = 6
+
+
+def apply(pipe, **options) -> torch.Tensor:
+    """The answer's latents, for a query image with a prompt unless something else is said."""
+    defaults = {
+        "image": picture("blue"),
+        "prompt": "a blue cabin",
+        "difference": random_tokens(),
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+    }
+    return pipe(**defaults | options).images
+
+
+def draw(pipe, **options) -> torch.Tensor:
+    """The latents of text to image."""
+    return apply(pipe, **{"image": None} | options)
+
+
+@torch.no_grad()
+def latents_of(pipe, image) -> torch.Tensor:
+    pixels = pipe.image_processor.preprocess(image)
+    return pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+
+def stock_pipeline(**components) -> StableDiffusionPipeline:
+    own = {name: part for name, part in build_components().items() if not name.startswith("clip")}
+    stock = StableDiffusionPipeline(
+        **own | components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def models_of(pipe) -> list[torch.nn.Module]:
+    """The parts of all models whose calls a hook can count."""
+    parts = [pipe.vae.encoder, pipe.vae.decoder, pipe.text_encoder, pipe.unet]
+    if pipe.clip is not None:
+        parts += [pipe.clip.text_model, pipe.clip.vision_model]
+    if pipe.captioner is not None:
+        parts += [pipe.captioner.vision_model]
+    return parts
+
+
+# ------------------------------------------------------------------------------------------- a query and a change
+
+
+@torch.no_grad()
+def reconstruction(pipe, image, prompt: str, num_tokens: int) -> torch.Tensor:
+    """An image taken up DDIM's path and down again by stock schedulers, under its prompt and zero rows."""
+    embeds = pipe.encode_prompt([prompt], torch.zeros(1, num_tokens, WIDTH))
+    latents = latents_of(pipe, image)
+    for family in (DDIMInverseScheduler, DDIMScheduler):
+        scheduler = family.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            prediction = pipe.unet(latents, t, encoder_hidden_states=embeds).sample
+            latents = scheduler.step(prediction, t, latents).prev_sample
+    return latents
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.0])
+def test_a_difference_of_zero_gives_the_query_back_as_its_inversion_does(either_pipe, guidance_scale):
+    pipe, expected = either_pipe, reconstruction(either_pipe, picture("blue"), "a blue cabin", num_tokens=2)
+    none = apply(pipe, difference_scale=0, guidance_scale=guidance_scale)
+    print("zero", (none - expected).abs().max(), expected.abs().max())
+    torch.testing.assert_close(none, expected, atol=1e-4, rtol=1e-4)
+    some = apply(pipe, difference_scale=1, guidance_scale=guidance_scale)
+    print("one", (some - expected).abs().mean())
+    assert (some - expected).abs().mean() > 0.05
+
+
+def test_no_guidance_at_all_gives_the_query_back_too(pipe):
+    none = apply(pipe, difference_scale=0)
+    torch.testing.assert_close(apply(pipe, guidance_scale=0), none, atol=1e-4, rtol=1e-4)
+
+
+def test_more_guidance_goes_further_from_the_query(pipe):
+    none = apply(pipe, difference_scale=0)
+    distances = [float((apply(pipe, guidance_scale=scale) - none).abs().mean()) for scale in (0.5, 1.0, 2.0)]
+    assert distances == sorted(distances)
+    assert distances[0] > 0.01
+
+
+def test_a_negative_prompt_is_what_guidance_leads_away_from(pipe):
+    own = apply(pipe, guidance_scale=3.0, negative_prompt="a blue cabin")
+    torch.testing.assert_close(apply(pipe, guidance_scale=3.0), own)
+    other = apply(pipe, guidance_scale=3.0, negative_prompt="a castle at night")
+    assert (other - own).abs().max() > 0.01
+    torch.testing.assert_close(
+        apply(pipe, guidance_scale=1.0, negative_prompt="a castle at night"), apply(pipe, guidance_scale=1.0)
+    )
+
+
+def test_an_empty_negative_prompt_is_not_the_querys_own(pipe):
+    own = apply(pipe, guidance_scale=3.0)
+    assert (apply(pipe, guidance_scale=3.0, negative_prompt="") - own).abs().max() > 0.01
+
+
+def test_difference_scale_scales_the_difference(pipe):
+    tokens = random_tokens()
+    torch.testing.assert_close(
+        apply(pipe, difference=tokens, difference_scale=0.5), apply(pipe, difference=0.5 * tokens)
+    )
+    torch.testing.assert_close(apply(pipe, difference=tokens, difference_scale=-1), apply(pipe, difference=-tokens))
+    assert (apply(pipe, difference=-tokens) - apply(pipe, difference=tokens)).abs().max() > 0.01
+
+
+def test_several_differences_are_applied_together(pipe):
+    one, two = random_tokens(), random_tokens(num_tokens=3, seed=6)
+    out = pipe(
+        image=picture("blue"),
+        prompt="a blue cabin",
+        difference=[one, two],
+        difference_scale=[1.0, -0.5],
+        num_inference_steps=STEPS,
+        output_type="latent",
+    )
+    torch.testing.assert_close(out.images, apply(pipe, difference=one + -0.5 * two))
+    torch.testing.assert_close(rows_of(out.difference), torch.cat([rows_of(one), -0.5 * rows_of(two)]))
+
+
+@pytest.mark.parametrize("as_given", [str, lambda path: path])
+def test_a_difference_may_be_a_file(pipe, tmp_path, as_given):
+    path = random_tokens().save(tmp_path / "difference.safetensors")
+    torch.testing.assert_close(apply(pipe, difference=as_given(path)), apply(pipe))
+
+
+def test_a_textual_inversion_from_elsewhere_may_be_the_difference(pipe, tmp_path):
+    save_file({"<cat>": rows_of(random_tokens())}, tmp_path / "cat.safetensors")
+    torch.testing.assert_close(apply(pipe, difference=tmp_path / "cat.safetensors"), apply(pipe))
+
+
+def test_a_difference_of_another_base_of_the_same_size_is_applied_with_a_warning(pipe, pair):
+    other = build_pipeline(text_encoder=build_pipeline().text_encoder)
+    with torch.no_grad():
+        other.text_encoder.get_input_embeddings().weight.mul_(1.5)
+    difference = other.invert_difference(**pair, num_optimization_steps=1, lambda_clip=0)
+    with logged() as lines:
+        apply(pipe, difference=difference)
+    assert any("another base model" in line for line in lines)
+    with logged() as lines:
+        apply(other, difference=difference)
+    assert not any("another base model" in line for line in lines)
+
+
+def test_learning_and_applying_in_one_call_is_learning_and_then_applying(pipe, pair):
+    learning = {"num_tokens": 3, "num_optimization_steps": 3}
+    query = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": STEPS, "output_type": "np"}
+    steps = []
+    at_once = pipe(
+        **pair | learning | query,
+        generator=seeded(),
+        callback_on_optimization_step=lambda pipe, step, values: steps.append(step),
+    )
+    difference = pipe.invert_difference(**pair | learning, generator=seeded())
+    assert steps == [0, 1, 2]
+    assert torch.equal(rows_of(at_once.difference), rows_of(difference))
+    np.testing.assert_allclose(at_once.images, pipe(**query, difference=difference).images, atol=1e-5)
+
+
+def test_interrupted_learning_still_gives_a_picture(pipe, pair):
+    def interrupt(pipe, step, values):
+        pipe._interrupt = True
+
+    steps = []
+    out = pipe(
+        image=picture("blue"),
+        prompt="a blue cabin",
+        **pair,
+        num_inference_steps=STEPS,
+        callback_on_optimization_step=interrupt,
+        callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step) or tensors,
+    )
+    assert len(out.images) == 1
+    assert steps == list(range(STEPS))
+
+
+def test_the_captioner_writes_the_querys_prompt():
+    captioner, processor = build_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    (caption,) = pipe.caption([picture("blue")])
+    torch.testing.assert_close(apply(pipe, prompt=None), apply(pipe, prompt=caption))
+    assert (apply(pipe, prompt=None) - apply(pipe, prompt="a castle")).abs().max() > 0.01
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("prompt", ["", "a red cabin on snow", "a red cabin on snow at night " * 70])
+def test_rows_stand_whole_between_the_prompt_and_its_end(pipe, prompt):
+    """The last prompt has 490 words; the text encoder's window has 40 tokens."""
+    rows = rows_of(random_tokens(num_tokens=5))
+    embeddings = pipe.text_encoder.text_model.embeddings if hasattr(pipe.text_encoder, "text_model") else None
+    embeddings = embeddings or pipe.text_encoder.embeddings
+    with forward_calls(embeddings) as calls:
+        pipe.encode_prompt([prompt], rows[None])
+    window = (calls[0][3] - embeddings.position_embedding.weight).detach()[0]  # what stands at each position
+    words = pipe.tokenizer(prompt, add_special_tokens=False).input_ids[: 40 - 2 - 5]
+    vocabulary = pipe.text_encoder.get_input_embeddings().weight.detach()
+    expected = torch.cat(
+        [
+            vocabulary[[pipe.tokenizer.bos_token_id, *words]],
+            rows,
+            vocabulary[[pipe.tokenizer.eos_token_id] * (40 - 1 - len(words) - 5)],
+        ]
+    )
+    torch.testing.assert_close(window, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_caption_of_500_words_does_not_push_the_difference_out(pipe):
+    prompt = " ".join(["cabin", "castle", "snow", "night", "boat"] * 100)
+    changed, unchanged = apply(pipe, prompt=prompt), apply(pipe, prompt=prompt, difference_scale=0)
+    print("long", (changed - unchanged).abs().mean())
+    assert (changed - unchanged).abs().mean() > 0.05
+
+
+def test_shortening_a_prompt_is_said(pipe):
+    with logged() as lines:
+        apply(pipe, prompt="a red cabin on snow " * 20)
+    assert any("shortened" in line for line in lines)
+    with logged() as lines:
+        apply(pipe, prompt="a red cabin on snow")
+    assert not any("shortened" in line for line in lines)
+
+
+def test_a_prompt_without_rows_is_encoded_as_by_stock_stable_diffusion(pipe):
+    prompts = ["a red cabin on snow", "a boat", ""]
+    theirs, _ = stock_pipeline().encode_prompt(prompts, "cpu", 1, False)
+    torch.testing.assert_close(pipe.encode_prompt(prompts), theirs)
+
+
+def test_each_prompt_of_a_batch_has_its_own_rows(pipe):
+    prompts, rows = ["a red cabin on snow", "a boat"], torch.randn(2, 3, WIDTH, generator=seeded())
+    alone = [pipe.encode_prompt([prompt], own[None]) for prompt, own in zip(prompts, rows, strict=True)]
+    torch.testing.assert_close(pipe.encode_prompt(prompts, rows), torch.cat(alone))
+
+
+# --------------------------------------------------------------------------------------------- what comes out
+
+
+def test_output_types_are_the_same_picture(pipe):
+    pil, array, tensor, latents = (
+        pipe(
+            image=picture("blue", size=(40, 32)),
+            prompt="a blue cabin",
+            difference=random_tokens(),
+            num_inference_steps=2,
+            output_type=output_type,
+        ).images
+        for output_type in ("pil", "np", "pt", "latent")
+    )
+    assert pil[0].size == (40, 32) and pil[0].mode == "RGB"
+    assert array.shape == (1, 32, 40, 3)
+    assert tensor.shape == (1, 3, 32, 40)
+    assert latents.shape == (1, 4, 4, 5)
+    assert 0 <= array.min() < array.max() <= 1
+    np.testing.assert_allclose(np.asarray(pil[0]) / 255, array[0], atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(tensor.permute(0, 2, 3, 1).numpy(), array)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    torch.testing.assert_close(tensor, (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_return_dict_false_gives_images_and_difference(pipe):
+    options = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": 2, "output_type": "np"}
+    out = pipe(**options, difference=random_tokens(), difference_scale=0.5)
+    images, difference = pipe(**options, difference=random_tokens(), difference_scale=0.5, return_dict=False)
+    assert np.array_equal(images, out.images)
+    assert torch.equal(rows_of(difference), rows_of(out.difference))
+    assert torch.equal(rows_of(difference), 0.5 * rows_of(random_tokens()))
+
+
+def test_the_same_generator_gives_the_same_picture_and_another_seed_another(pipe):
+    first, again, other = (apply(pipe, inversion="sdedit", generator=seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+
+
+def test_ddim_inversion_draws_no_noise(pipe):
+    assert torch.equal(apply(pipe, generator=seeded(0)), apply(pipe, generator=seeded(1)))
+
+
+def test_eta_adds_noise_from_the_generator(pipe):
+    first, again, other = (apply(pipe, eta=1.0, generator=seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+
+
+def test_several_queries_are_answered_as_each_alone(pipe):
+    queries, prompts = [picture("blue"), picture("white", "black")], ["a blue cabin", "a boat at night"]
+    together = apply(pipe, image=queries, prompt=prompts)
+    alone = [apply(pipe, image=query, prompt=prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_one_prompt_serves_several_queries(pipe):
+    queries = [picture("blue"), picture("white", "black")]
+    torch.testing.assert_close(
+        apply(pipe, image=queries, prompt="a cabin"), apply(pipe, image=queries, prompt=["a cabin", "a cabin"])
+    )
+
+
+def test_queries_of_several_sizes_are_brought_to_the_first_ones(pipe):
+    latents = apply(pipe, image=[picture("blue", size=(40, 32)), picture("red", size=(64, 64))])
+    assert latents.shape == (2, 4, 4, 5)
+
+
+def test_num_images_per_prompt_draws_each_query_several_times(pipe):
+    options = {"image": [picture("blue"), picture("red")], "inversion": "sdedit", "num_images_per_prompt": 2}
+    latents = apply(pipe, **options, generator=seeded())
+    assert latents.shape == (4, 4, 4, 4)
+    assert (latents[0] - latents[1]).abs().max() > 0.1
+    listed = apply(pipe, **options, generator=[seeded(seed) for seed in (1, 2, 3, 4)])
+    alone = apply(pipe, image=picture("red"), inversion="sdedit", generator=seeded(3))
+    torch.testing.assert_close(listed[2:3], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_num_images_per_prompt_repeats_the_one_answer_where_no_noise_is_drawn(pipe):
+    latents = apply(pipe, image=[picture("blue"), picture("red")], num_images_per_prompt=2)
+    torch.testing.assert_close(latents[0], latents[1])
+    torch.testing.assert_close(latents[2:3], apply(pipe, image=picture("red")), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inversion", ["ddim", "sdedit"])
+def test_less_strength_keeps_more_of_the_query_and_takes_fewer_steps(pipe, inversion):
+    query, distances = latents_of(pipe, picture("blue")), []
+    for strength, steps in ((0.1, 1), (0.5, 5), (1.0, 10)):
+        seen = []
+        latents = apply(
+            pipe,
+            inversion=inversion,
+            strength=strength,
+            num_inference_steps=10,
+            generator=seeded(),
+            callback_on_step_end=lambda pipe, step, t, tensors, seen=seen: seen.append(step) or tensors,
+        )
+        distances.append(float((latents - query).abs().mean()))
+        assert len(seen) == steps
+    print("strength", distances)
+    assert distances == sorted(distances)
+
+
+def test_without_inversion_a_query_gives_its_prompt_and_size_only(pipe):
+    options = {"image": picture("blue", size=(40, 32)), "inversion": None}
+    first, again, other = (apply(pipe, **options, generator=seeded(seed)) for seed in (0, 0, 1))
+    assert first.shape == (1, 4, 4, 5)
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+    noise = torch.randn(1, 4, 4, 5, generator=seeded(0))
+    torch.testing.assert_close(apply(pipe, **options, latents=noise), first)
+
+
+# ----------------------------------------------------------------------------------------------------- callbacks
+
+
+def test_the_callback_sees_each_step(pipe):
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+        return {}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    apply(pipe, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names)
+    assert [step for step, _, _ in seen] == list(range(STEPS))
+    timesteps = [timestep for _, timestep, _ in seen]
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert seen[0][2] == {
+        "latents": (1, 4, 4, 4),
+        "prompt_embeds": (1, 40, WIDTH),
+        "negative_prompt_embeds": (1, 40, WIDTH),
+    }
+    assert pipe.num_timesteps == STEPS
+
+
+def test_the_callback_sees_latents_alone_unless_told_otherwise(pipe):
+    seen = []
+    apply(pipe, callback_on_step_end=lambda pipe, step, t, tensors: seen.append(sorted(tensors)) or tensors)
+    assert seen == [["latents"]] * STEPS
+
+
+def test_the_callback_can_replace_latents(pipe):
+    def clear_at_the_end(pipe, step, t, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == STEPS - 1 else {}
+
+    assert not apply(pipe, callback_on_step_end=clear_at_the_end).any()
+
+
+def test_the_callback_can_replace_prompt_embeddings(pipe):
+    def drop_the_difference(pipe, step, t, tensors):
+        return {"prompt_embeds": tensors["negative_prompt_embeds"]}
+
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    after_one_step = apply(
+        pipe, callback_on_step_end=drop_the_difference, callback_on_step_end_tensor_inputs=names, guidance_scale=3.0
+    )
+    undisturbed, unchanged = apply(pipe, guidance_scale=3.0), apply(pipe, difference_scale=0)
+    assert (after_one_step - undisturbed).abs().max() > 0.01
+    assert (after_one_step - unchanged).abs().mean() < (undisturbed - unchanged).abs().mean()
+
+
+def test_the_callback_can_stop_the_drawing(pipe):
+    seen = []
+
+    def stop(pipe, step, t, tensors):
+        seen.append(step)
+        pipe._interrupt = step == 2
+        return tensors
+
+    assert apply(pipe, callback_on_step_end=stop).shape == (1, 4, 4, 4)
+    assert seen == [0, 1, 2]
+
+
+# ----------------------------------------------------------------------------------------- schedulers, text to image
+
+
+def euler_with_its_own_spacing(config) -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler.from_config(config, timestep_spacing="linspace")
+
+
+SCHEDULERS = {
+    "pndm": PNDMScheduler.from_config,
+    "euler": EulerDiscreteScheduler.from_config,
+    "euler, linspace": euler_with_its_own_spacing,
+    "euler ancestral": EulerAncestralDiscreteScheduler.from_config,
+    "ddpm": DDPMScheduler.from_config,
+}
+
+
+def scheduler_state(scheduler) -> dict:
+    return {name: repr(value) for name, value in vars(scheduler).items()}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_query_is_answered_whatever_the_scheduler_and_leaves_it_as_it_was(pipe, make):
+    expected = apply(pipe)
+    pipe.scheduler = make(pipe.scheduler.config)
+    scheduler, state = pipe.scheduler, scheduler_state(pipe.scheduler)
+    latents = apply(pipe)
+    assert latents.shape == expected.shape and torch.isfinite(latents).all()
+    assert pipe.scheduler is scheduler
+    assert scheduler_state(scheduler) == state
+    if scheduler.config.timestep_spacing == "leading":
+        torch.testing.assert_close(latents, expected)
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_difference_of_zero_gives_the_query_back_whatever_the_scheduler(pipe, make):
+    query = latents_of(pipe, picture("blue"))
+    pipe.scheduler = make(pipe.scheduler.config)
+    none = apply(pipe, difference_scale=0, num_inference_steps=50)
+    print("back", (none - query).abs().mean(), query.abs().mean())
+    assert (none - query).abs().mean() < 0.5 * query.abs().mean()
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler.from_config, *SCHEDULERS.values()], ids=["ddim", *SCHEDULERS])
+def test_text_to_image_is_stock_stable_diffusion_with_the_difference_as_textual_inversion(pipe, make, tmp_path):
+    path = random_tokens().save(tmp_path / "difference.safetensors")
+    pipe.scheduler = make(pipe.scheduler.config)
+    stock = stock_pipeline(scheduler=make(pipe.scheduler.config))
+    stock.load_textual_inversion(str(path))
+    state = scheduler_state(pipe.scheduler)
+    noise = torch.randn(1, 4, 4, 4, generator=seeded())
+    options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "latents": noise, "output_type": "latent"}
+    theirs = stock("a blue cabin <difference>", generator=seeded(1), **options).images
+    ours = pipe(prompt="a blue cabin", difference=path, generator=seeded(1), **options).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert scheduler_state(pipe.scheduler) == state
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler.from_config, *SCHEDULERS.values()], ids=["ddim", *SCHEDULERS])
+def test_text_to_image_is_repeatable_by_its_generator(pipe, make):
+    pipe.scheduler = make(pipe.scheduler.config)
+    first, again, other = (draw(pipe, generator=seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+
+
+def test_text_to_image_has_the_models_size_unless_told_otherwise(pipe):
+    assert pipe(prompt="a cabin", difference=random_tokens(), num_inference_steps=1).images[0].size == (SIDE, SIDE)
+    assert draw(pipe, height=24, width=48).shape == (1, 4, 3, 6)
+
+
+def test_text_to_image_draws_several_prompts_several_times(pipe):
+    prompts = ["a cabin", "a boat at night"]
+    latents = draw(pipe, prompt=prompts, num_images_per_prompt=2, generator=seeded())
+    assert latents.shape == (4, 4, 4, 4)
+    noise = torch.randn(4, 4, 4, 4, generator=seeded())
+    alone = draw(pipe, prompt="a boat at night", latents=noise[2:3])
+    torch.testing.assert_close(latents[2:3], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_text_to_image_is_guided_away_from_the_empty_prompt(pipe):
+    empty = draw(pipe, generator=seeded(), negative_prompt="")
+    torch.testing.assert_close(draw(pipe, generator=seeded()), empty)
+    assert (draw(pipe, generator=seeded(), negative_prompt="a castle") - empty).abs().max() > 0.01
+
+
+def test_text_to_image_may_learn_its_difference_in_the_same_call(pipe, pair):
+    out = pipe(prompt="a blue cabin", **pair, num_optimization_steps=2, num_inference_steps=2)
+    assert out.images[0].size == (SIDE, SIDE)
+    assert rows_of(out.difference).any()
+
+
+# ------------------------------------------------------------------------------------------------ kinds of images
+
+
+def rounded(image: Image.Image) -> Image.Image:
+    """The picture with a transparent frame of which half is half transparent."""
+    image = image.convert("RGBA")
+    alpha = np.full((image.height, image.width), 255, dtype=np.uint8)
+    alpha[:4], alpha[4:8] = 0, 128
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    image = np.asarray(image.convert("RGBA"), dtype=np.float64)
+    alpha = image[..., 3:] / 255
+    return Image.fromarray(np.round(image[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8))
+
+
+def reopened(image: Image.Image, **options) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    file.seek(0)
+    return Image.open(file)
+
+
+def few_colors(size=(SIDE, SIDE)) -> Image.Image:
+    return picture("blue", size=size).quantize(4)
+
+
+def turned_by_exif() -> Image.Image:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned right
+    return reopened(picture("blue", size=(48, 32)).transpose(Image.Transpose.ROTATE_90), exif=exif)
+
+
+KINDS = {
+    "RGBA": lambda: (rounded(picture("blue")), on_white(rounded(picture("blue")))),
+    "LA": lambda: (rounded(picture("blue")).convert("LA"), on_white(rounded(picture("blue")).convert("LA"))),
+    "P": lambda: (few_colors(), few_colors().convert("RGB")),
+    "P with a transparent colour": lambda: (
+        reopened(few_colors(), transparency=0),
+        on_white(reopened(few_colors(), transparency=0)),
+    ),
+    "RGB with a transparent colour": lambda: (
+        reopened(picture("blue"), transparency=(0, 0, 255)),
+        picture("white"),
+    ),
+    "L": lambda: (picture("blue").convert("L"), picture("blue").convert("L").convert("RGB")),
+    "1": lambda: (picture("white").convert("1"), picture("white").convert("1").convert("RGB")),
+    "CMYK": lambda: (picture("blue").convert("CMYK"), picture("blue")),
+    "turned by EXIF": lambda: (turned_by_exif(), picture("blue", size=(48, 32))),
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_images_of_every_kind_are_taken_upright_in_colour_and_on_white(pipe, make):
+    image, expected = make()
+    torch.testing.assert_close(apply(pipe, image=image), apply(pipe, image=expected), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_learning_takes_images_of_every_kind(pipe, pair, make):
+    image, expected = make()
+    rows, expected = (
+        rows_of(pipe.invert_difference(**pair | {"after": after}, num_optimization_steps=1, generator=seeded()))
+        for after in (image, expected)
+    )
+    torch.testing.assert_close(rows, expected, atol=0.005, rtol=0.05)
+
+
+def test_images_may_be_16_bit_grey(pipe):
+    grey = picture("blue").convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    torch.testing.assert_close(apply(pipe, image=deep), apply(pipe, image=grey), atol=0.02, rtol=0.02)
+
+
+ARRAYS = {
+    "bytes": lambda image: np.asarray(image),
+    "batch of bytes": lambda image: np.asarray(image)[None],
+    "floats": lambda image: np.asarray(image, dtype=np.float32) / 255,
+    "batch of floats": lambda image: np.asarray(image, dtype=np.float32)[None] / 255,
+    "tensor": lambda image: torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1),
+    "batch of tensors": lambda image: torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)[None],
+    "list of tensors": lambda image: [torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)],
+}
+
+
+@pytest.mark.parametrize("convert", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_and_tensors_are_images_too(pipe, convert):
+    image = picture("blue", size=(48, 32))
+    torch.testing.assert_close(apply(pipe, image=convert(image)), apply(pipe, image=image), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("convert", ARRAYS.values(), ids=ARRAYS)
+def test_learning_takes_arrays_and_tensors_and_captions_them(convert):
+    captioner, processor = build_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    options = {"num_optimization_steps": 1, "generator": seeded()}
+    before, after = picture("red", size=(48, 32)), picture("yellow", size=(48, 32))
+    difference = pipe.invert_difference(before=convert(before), after=convert(after), **options)
+    assert difference.metadata["before_prompt"] == pipe.caption([before])[0]
+
+
+def test_sizes_that_are_no_whole_latents_are_resized_and_it_is_said(pipe):
+    query = picture("blue", size=(45, 37))
+    with logged() as lines:
+        latents = apply(pipe, image=query)
+    assert latents.shape == (1, 4, 4, 5)
+    assert any("`image`" in line and "resized" in line and "32×40" in line for line in lines)
+    resized = query.resize((40, 32), Image.Resampling.LANCZOS)
+    torch.testing.assert_close(latents, apply(pipe, image=resized), atol=1e-4, rtol=1e-4)
+    with logged() as lines:
+        apply(pipe, image=resized)
+    assert not any("resized" in line for line in lines)
+
+
+def test_height_and_width_resize_the_query(pipe):
+    assert apply(pipe, height=48, width=24).shape == (1, 4, 6, 3)
+    out = pipe(
+        image=picture("blue"), prompt="a", difference=random_tokens(), height=50, width=27, num_inference_steps=1
+    )
+    assert out.images[0].size == (24, 48)
+
+
+# ----------------------------------------------------------------------------------------------------- bad input
+
+
+def wide_tokens() -> DifferenceTokens:
+    return random_tokens(width=WIDTH + 1)
+
+
+BAD_APPLYING = {
+    "no image and no prompt": ({"image": None, "prompt": None}, ValueError, "`image`.*`prompt`"),
+    "a path as image": ({"image": "query.png"}, TypeError, "`image`.*str.*load_image"),
+    "a list with a hole": ({"image": [picture(), None]}, TypeError, "`image`.*NoneType"),
+    "no images in the list": ({"image": []}, ValueError, "`image`"),
+    "an image of a few pixels": ({"image": picture(size=(7, 40))}, ValueError, "`image`.*8 pixels"),
+    "no prompt and no captioner": ({"prompt": None}, ValueError, "`prompt`.*`captioner`"),
+    "a number as prompt": ({"prompt": 3}, TypeError, "`prompt`"),
+    "three prompts for one image": ({"prompt": ["a", "b", "c"]}, ValueError, "`prompt`.*3"),
+    "no prompts in the list": ({"prompt": []}, ValueError, "`prompt`"),
+    "two negative prompts for one image": ({"negative_prompt": ["a", "b"]}, ValueError, "`negative_prompt`.*2"),
+    "neither difference nor pair": ({"difference": None}, ValueError, "`difference`.*`before`.*`after`"),
+    "before without after": ({"difference": None, "before": picture()}, ValueError, "`after`"),
+    "after without before": ({"difference": None, "after": picture()}, ValueError, "`before`"),
+    "difference and pair": ({"before": picture(), "after": picture()}, ValueError, "`difference`"),
+    "no differences in the list": ({"difference": []}, ValueError, "`difference`.*empty"),
+    "a missing file": ({"difference": "nowhere.safetensors"}, FileNotFoundError, "`difference`.*nowhere"),
+    "a file that is none": ({"difference": PIPELINE_FILE}, ValueError, "`difference`.*not a safetensors file"),
+    "a number as difference": ({"difference": 3.0}, TypeError, "`difference`.*float"),
+    "a bare tensor as difference": ({"difference": torch.zeros(2, WIDTH)}, TypeError, "`difference`.*Tensor"),
+    "a difference of another width": (
+        {"difference": wide_tokens()},
+        ValueError,
+        f"`difference`.*size {WIDTH + 1}.*{WIDTH}",
+    ),
+    "a difference that is not finite": ({"difference": random_tokens() * float("nan")}, ValueError, "`difference`"),
+    "a difference for two encoders": (
+        {"difference": DifferenceTokens({"clip_l": torch.zeros(2, WIDTH), "clip_g": torch.zeros(2, WIDTH)})},
+        ValueError,
+        "`difference`.*clip_l, clip_g",
+    ),
+    "more rows than fit": ({"difference": random_tokens(num_tokens=39)}, ValueError, "`difference`.*39.*38"),
+    "two scales for one difference": ({"difference_scale": [1.0, 2.0]}, ValueError, "`difference_scale`.*2"),
+    "no steps": ({"num_inference_steps": 0}, ValueError, "`num_inference_steps`.*0"),
+    "an unknown inversion": ({"inversion": "magic"}, ValueError, "`inversion`.*magic.*ddim"),
+    "no strength": ({"strength": 0.0}, ValueError, "`strength`"),
+    "too much strength": ({"strength": 1.5}, ValueError, "`strength`.*1.5"),
+    "no images of a prompt": ({"num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt`"),
+    "a small height": ({"height": 7}, ValueError, "`height`.*7"),
+    "a small width": ({"width": 0}, ValueError, "`width`.*0"),
+    "two generators for one image": ({"generator": [seeded(), seeded()]}, ValueError, "`generator`.*2"),
+    "latents and inversion": ({"latents": torch.zeros(1, 4, 4, 4)}, ValueError, "`latents`.*`inversion"),
+    "latents of another shape": (
+        {"image": None, "latents": torch.zeros(1, 4, 5, 4)},
+        ValueError,
+        r"`latents`.*\(1, 4, 5, 4\).*\(1, 4, 4, 4\)",
+    ),
+    "a callback that wants what there is not": (
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+        ValueError,
+        "`callback_on_step_end_tensor_inputs`.*noise.*latents",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad, error, message", BAD_APPLYING.values(), ids=BAD_APPLYING)
+def test_what_cannot_be_applied_is_refused_by_name_before_any_model_runs(pipe, bad, error, message):
+    good = {"image": picture("blue"), "prompt": "a blue cabin", "difference": random_tokens()}
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(error, match=message):
+            pipe(**good | {"num_inference_steps": 2} | bad)
+        assert not calls
+        pipe(**good, num_inference_steps=2)
+        assert calls
+
+
+BAD_LEARNING = {
+    "no before": ({"before": None}, ValueError, "`before`"),
+    "no after": ({"after": None}, ValueError, "`after`"),
+    "no pairs in the lists": ({"before": [], "after": []}, ValueError, "`before`"),
+    "two befores and one after": ({"before": [picture(), picture()]}, ValueError, "`before`.*2.*`after`.*1"),
+    "a path as before": ({"before": "before.png"}, TypeError, "`before`.*str"),
+    "a number as after": ({"after": [3]}, TypeError, "`after`.*int"),
+    "a before of a few pixels": ({"before": picture(size=(40, 5))}, ValueError, "`before`.*8 pixels"),
+    "no before_prompt and no captioner": ({"before_prompt": None}, ValueError, "`before_prompt`.*`captioner`"),
+    "no after_prompt and no captioner": ({"after_prompt": None}, ValueError, "`after_prompt`.*`captioner`"),
+    "two prompts for one pair": ({"after_prompt": ["a", "b"]}, ValueError, "`after_prompt`.*2"),
+    "a number as prompt": ({"before_prompt": 3}, TypeError, "`before_prompt`"),
+    "alpha below 0": ({"alpha": -0.1}, ValueError, "`alpha`.*-0.1"),
+    "alpha above 1": ({"alpha": 1.1}, ValueError, "`alpha`.*1.1"),
+    "alpha that is no number": ({"alpha": float("nan")}, ValueError, "`alpha`"),
+    "a negative lambda_clip": ({"lambda_clip": -1.0}, ValueError, "`lambda_clip`.*-1"),
+    "a negative lambda_tc": ({"lambda_tc": -1.0}, ValueError, "`lambda_tc`.*-1"),
+    "no loss at all": ({"lambda_clip": 0.0, "lambda_tc": 0.0}, ValueError, "`lambda_clip`.*`lambda_tc`"),
+    "no steps": ({"num_optimization_steps": 0}, ValueError, "`num_optimization_steps`.*0"),
+    "no tokens": ({"num_tokens": 0}, ValueError, "`num_tokens`.*0"),
+    "more tokens than fit": ({"num_tokens": 39}, ValueError, "`num_tokens`.*39.*38"),
+    "no learning rate": ({"learning_rate": 0.0}, ValueError, "`learning_rate`"),
+    "an unknown init": ({"init": "ones"}, ValueError, "`init`.*ones.*zeros"),
+}
+BAD_LEARNING_ALONE = {
+    "no samples": ({"num_samples_per_step": 0}, ValueError, "`num_samples_per_step`.*0"),
+    "a small height": ({"height": 7}, ValueError, "`height`.*7"),
+    "a small width": ({"width": 7}, ValueError, "`width`.*7"),
+}
+
+
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [*BAD_LEARNING.values(), *BAD_LEARNING_ALONE.values()],
+    ids=[*BAD_LEARNING, *BAD_LEARNING_ALONE],
+)
+def test_what_cannot_be_learned_is_refused_by_name_before_any_model_runs(pipe, pair, bad, error, message):
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(error, match=message):
+            pipe.invert_difference(**pair | {"num_optimization_steps": 1} | bad)
+        assert not calls
+
+
+@pytest.mark.parametrize("bad, error, message", BAD_LEARNING.values(), ids=BAD_LEARNING)
+def test_what_cannot_be_learned_is_refused_by_a_call_too(pipe, pair, bad, error, message):
+    options = {"image": picture("blue"), "prompt": "a blue cabin", "num_optimization_steps": 1}
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(error, match=message):
+            pipe(**options | pair | bad)
+        assert not calls
+
+
+@pytest.mark.parametrize("bad, error, message", BAD_APPLYING.values(), ids=BAD_APPLYING)
+def test_what_cannot_be_applied_is_refused_before_a_difference_is_learned_for_it(pipe, pair, bad, error, message):
+    if "difference" in bad or "before" in bad:
+        pytest.skip("the difference itself is the bad input")
+    if "difference_scale" in bad:
+        message = "`difference_scale`"
+    options = {"image": picture("blue"), "prompt": "a blue cabin", "num_optimization_steps": 1}
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(error, match=message):
+            pipe(**options | pair | bad)
+        assert not calls
+
+
+@pytest.mark.parametrize("missing", ["clip", "clip_processor"])
+def test_learning_without_clip_says_which_one_to_load(pair, missing):
+    pipe = build_pipeline(**{missing: None})
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(ValueError, match=f"`{missing}`.*width {WIDTH}.*`lambda_clip=0`"):
+            pipe.invert_difference(**pair, num_optimization_steps=1)
+        assert not calls
+
+
+def test_the_clip_of_another_model_is_refused(pair):
+    pipe = build_pipeline(clip=build_clip(build_tokenizer(), width=8))
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(ValueError, match="`clip`.*another CLIP"):
+            pipe.invert_difference(**pair, num_optimization_steps=1)
+        assert not calls
+
+
+def test_a_model_that_predicts_something_else_is_refused(pipe, pair):
+    pipe.scheduler.register_to_config(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="`scheduler`.*flow_prediction"):
+        pipe.invert_difference(**pair, num_optimization_steps=1)
+
+
+# -------------------------------------------------------------------------------------------------------- loading
+
+
+def answer(pipe) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    latents = apply(pipe)
+    assert torch.isfinite(latents).all()
+    return latents.numpy()
+
+
+def load_by_class(folder, **components):
+    return DifferenceInversionPipeline.from_pretrained(folder, **components)
+
+
+def load_as_custom_pipeline(folder, **components):
+    return DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline=str(PIPELINE_FILE), trust_remote_code=True, **components
+    )
+
+
+LOADERS = pytest.mark.parametrize("load", [load_by_class, load_as_custom_pipeline])
+
+
+@LOADERS
+def test_a_saved_pipeline_gives_the_same_picture(tmp_path, load, pair):
+    captioner, processor = build_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    pipe.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert np.array_equal(answer(loaded), answer(pipe))
+    assert loaded.caption([picture("blue")]) == pipe.caption([picture("blue")])
+    learning = {"num_optimization_steps": 2, "generator": seeded()}
+    again = loaded.invert_difference(before=pair["before"], after=pair["after"], **learning)
+    learning = {"num_optimization_steps": 2, "generator": seeded()}
+    torch.testing.assert_close(
+        rows_of(again), rows_of(pipe.invert_difference(before=pair["before"], after=pair["after"], **learning))
+    )
+
+
+@LOADERS
+def test_applying_does_without_the_optional_components(tmp_path, load):
+    pipe = build_pipeline(clip=None, clip_processor=None)
+    pipe.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.clip is None and loaded.captioner is None
+    assert np.array_equal(answer(loaded), answer(build_pipeline()))
+
+
+@LOADERS
+def test_optional_components_can_be_added_to_a_stock_checkpoint(tmp_path, load, pair):
+    stock_pipeline().save_pretrained(tmp_path)
+    own = build_components()
+    loaded = load(tmp_path, clip=own["clip"], clip_processor=own["clip_processor"])
+    assert loaded.clip is own["clip"]
+    assert np.array_equal(answer(loaded), answer(build_pipeline()))
+    assert rows_of(loaded.invert_difference(**pair, num_optimization_steps=1)).any()
+
+
+def test_the_imported_class_loads_with_another_clip_than_the_folders(tmp_path):
+    build_pipeline().save_pretrained(tmp_path)
+    clip = build_clip(build_tokenizer(), seed=9)
+    assert load_by_class(tmp_path, clip=clip).clip is clip
+    assert load_by_class(tmp_path, clip=None).clip is None
+
+
+def test_a_clip_registered_after_loading_replaces_the_folders(tmp_path):
+    build_pipeline().save_pretrained(tmp_path)
+    clip = build_clip(build_tokenizer(), seed=9)
+    loaded = load_as_custom_pipeline(tmp_path)
+    loaded.register_modules(clip=clip)
+    assert loaded.clip is clip
+
+
+def test_the_tokens_of_a_module_loaded_twice_are_understood(tmp_path, pipe, pair):
+    pipe.save_pretrained(tmp_path)
+    loaded = load_as_custom_pipeline(tmp_path)
+    theirs = loaded.invert_difference(**pair, num_optimization_steps=1, generator=seeded())
+    assert not isinstance(theirs, DifferenceTokens)
+    ours = DifferenceTokens(dict(theirs.embeddings), dict(theirs.metadata))
+    torch.testing.assert_close(apply(pipe, difference=theirs), apply(loaded, difference=ours))
+    torch.testing.assert_close(apply(pipe, difference=[theirs, ours]), apply(pipe, difference=ours + ours))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_pipe_shares_the_weights_of_a_stock_pipeline(dtype, pair):
+    stock, own = stock_pipeline().to(dtype), build_components()
+    pipe = DifferenceInversionPipeline.from_pipe(
+        stock, dtype=stock.dtype, clip=own["clip"], clip_processor=own["clip_processor"]
+    )
+    for name in ("vae", "text_encoder", "unet"):
+        assert getattr(pipe, name) is getattr(stock, name)
+        assert getattr(stock, name).dtype == dtype
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.isfinite(apply(pipe)).all()
+    assert rows_of(pipe.invert_difference(**pair, num_optimization_steps=1)).any()
+
+
+def test_components_can_be_moved_to_the_processor_one_by_one(pair):
+    pytest.importorskip("accelerate")
+    captioner, processor = build_captioner()
+    learning = {"before": pair["before"], "after": pair["after"], "num_optimization_steps": 2}
+    query = {"image": picture("blue"), "num_inference_steps": STEPS, "output_type": "latent"}
+    plain, offloaded = (build_pipeline(captioner=captioner, captioner_processor=processor) for _ in range(2))
+    expected = plain(**learning, **query, generator=seeded())
+    offloaded.enable_model_cpu_offload(device="cpu")
+    out = offloaded(**learning, **query, generator=seeded())
+    torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
+    torch.testing.assert_close(out.images, expected.images)
+
+
+def test_half_precision_draws_nearly_the_same_picture(pipe):
+    expected = apply(pipe)
+    pipe.to(torch.bfloat16)
+    latents = apply(pipe).float()
+    print("bf16", (latents - expected).abs().mean(), expected.abs().mean())
+    assert (latents - expected).abs().mean() < 0.2 * expected.abs().mean()
