@@ -28,6 +28,7 @@ and Isolate the Difference with Token Consistency for Image Analogy Generation")
 
 import datetime
 import hashlib
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -212,7 +213,7 @@ class DifferenceTokens:
         path = path if path.suffix else path.with_suffix(".safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: rows.detach().cpu().contiguous() for name, rows in self.embeddings.items()}
-        header = {"format": FILE_FORMAT, "format_version": str(FILE_FORMAT_VERSION), **self.metadata}
+        header = {**self.metadata, "format": FILE_FORMAT, "format_version": str(FILE_FORMAT_VERSION)}
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
@@ -352,15 +353,15 @@ def _is_batch(value: Any) -> bool:
 
 
 def flatten_image(image: Any, name: str) -> Any:
-    """Turns a PIL image of any mode upright and RGB, transparency on white; lets float arrays and tensors pass.
+    """Turns a PIL image of any mode upright and RGB, transparency on white; gives float arrays and tensors a batch of 1.
 
     Raises:
         TypeError: if it is nothing that the image processor takes.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        image = Image.fromarray(image)
+        image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        return image
+        return image[None]  # [1, height, width, 3] or [1, 3, height, width]
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"`{name}` must be a PIL image, an array or a tensor, or a list of them, and is a "
@@ -370,7 +371,18 @@ def flatten_image(image: Any, name: str) -> Any:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode.startswith("I;16"):
+        image = (
+            image.convert("I").point(lambda value: value / 256).convert("L")
+        )  # Pillow alone would cut it off at 255
     return image.convert("RGB")
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """Height and width of what `flatten_image` gives."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return tuple(image.shape[2:]) if isinstance(image, torch.Tensor) else tuple(image.shape[1:3])
 
 
 @dataclass
@@ -481,6 +493,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         lambda_clip,
         lambda_tc,
         init,
+        num_samples_per_step=1,
+        height=None,
+        width=None,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
         if before is None or after is None:
@@ -490,11 +505,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 "`after`. To apply a learned one, give `difference`."
             )
         befores, afters = as_list(before), as_list(after)
+        if not befores and not afters:
+            raise ValueError("`before` and `after` are empty lists; give at least one pair.")
         if len(befores) != len(afters):
             raise ValueError(f"`before` has {len(befores)} images and `after` has {len(afters)}; give pairs.")
         for name, images in (("before", befores), ("after", afters)):
             for image in images:
-                flatten_image(image, name)
+                self._common_size([image], name, height, width)
         self._check_prompts("before_prompt", before_prompt, len(befores))
         self._check_prompts("after_prompt", after_prompt, len(afters))
         if not 0 <= alpha <= 1:
@@ -509,6 +526,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         room = self.tokenizer.model_max_length - 2
         if not 1 <= num_tokens <= room:
             raise ValueError(f"`num_tokens` is {num_tokens}; the text encoder's window has room for 1 to {room}.")
+        if num_samples_per_step < 1:
+            raise ValueError(f"`num_samples_per_step` is {num_samples_per_step}; it must be at least 1.")
         if learning_rate <= 0:
             raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
         if init not in ("zeros", "random"):
@@ -568,6 +587,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         num_inference_steps,
         inversion,
         strength,
+        eta,
         num_images_per_prompt,
         generator,
         latents,
@@ -580,28 +600,33 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 "alone for text to image."
             )
         images = [] if image is None else as_list(image)
+        if image is not None and not images:
+            raise ValueError("`image` is an empty list; give at least one query image.")
         for item in images:
-            flatten_image(item, "image")
+            self._common_size([item], "image", height, width)
+        size = self._common_size(images, "image", height, width)
         count = len(images) or len(as_list(prompt))
         self._check_prompts("prompt", prompt, count)
         for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and value < self.vae_scale_factor:
-                raise ValueError(f"`{name}` is {value}; it must be at least {self.vae_scale_factor}.")
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be at least 1.")
         if inversion not in ("ddim", "sdedit", None):
             raise ValueError(f"`inversion` is {inversion!r}; it is 'ddim', 'sdedit' or None.")
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` is {strength}; it must be above 0 and at most 1.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` is {eta}; it goes from 0 (deterministic) to 1.")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
         if isinstance(generator, list) and len(generator) != count * num_images_per_prompt:
             raise ValueError(f"`generator` is a list of {len(generator)} for {count * num_images_per_prompt} images.")
         if latents is not None and inversion is not None and image is not None:
             raise ValueError("`latents` were given and `image` would be inverted to others; set `inversion=None`.")
+        shape = self._latents_shape(count * num_images_per_prompt, size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -663,7 +688,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
     def _prompts_for(self, images: list, prompts: Optional[Union[str, list[str]]], name: str) -> list[str]:
         """The given prompts, one an image, or the captioner's."""
         if prompts is None:
-            return self.caption([flatten_image(image, name) for image in images])
+            return self.caption([self._to_pil(image, name) for image in images])
         return self._repeated(prompts, len(images))
 
     def _repeated(self, prompts: Union[str, list[str]], count: int) -> list[str]:
@@ -683,15 +708,15 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         Args:
             images: PIL images, float arrays (height, width, 3) or tensors (3, height, width) as the pipeline takes.
         """
-        pixels = [self._to_pil(image) for image in images]
+        pixels = [self._to_pil(image, "images") for image in as_list(images)]
         inputs = self.captioner_processor(images=pixels, return_tensors="pt")
         inputs = inputs.to(self._execution_device, self.captioner.dtype)
         with frozen(self.captioner):
             tokens = self.captioner.generate(**inputs, max_new_tokens=50)
         return [text.strip() for text in self.captioner_processor.batch_decode(tokens, skip_special_tokens=True)]
 
-    def _to_pil(self, image: Any) -> Image.Image:
-        image = flatten_image(image, "image")
+    def _to_pil(self, image: Any, name: str) -> Image.Image:
+        image = flatten_image(image, name)
         if isinstance(image, Image.Image):
             return image
         return self.image_processor.postprocess(self.image_processor.preprocess(image), output_type="pil")[0]
@@ -739,26 +764,31 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
     # --------------------------------------------------------------------------------------------------- images
 
-    def _common_size(self, images: list, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
+    def _common_size(self, images: list, name: str, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
         """The size that all of a batch is brought to: what is asked for, else the first image's, in whole latents."""
-        own_height, own_width = self.image_processor.get_default_height_width(images[0])
-        height = (height or own_height) // self.vae_scale_factor * self.vae_scale_factor
-        width = (width or own_width) // self.vae_scale_factor * self.vae_scale_factor
-        if not height or not width:
+        factor = self.vae_scale_factor
+        for side, value in (("height", height), ("width", width)):
+            if value is not None and value < factor:
+                raise ValueError(f"`{side}` is {value}; it must be at least {factor}.")
+        native = (self.unet.config.sample_size * factor,) * 2
+        own = image_size(flatten_image(images[0], name)) if images else native
+        size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
+        if min(size) < factor:
             raise ValueError(
-                f"`image` is smaller than {self.vae_scale_factor} pixels; give a larger one or a `height` "
-                "and a `width`."
+                f"`{name}` is {size[0]}×{size[1]}; it must be at least {factor} pixels high and wide. Give a larger "
+                "one, or a `height` and a `width` to resize it to."
             )
-        return height, width
+        return tuple(side // factor * factor for side in size)
 
     def _encode_images(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
         """Latents (batch, channels, height / factor, width / factor) of images of any size, resized where need be."""
         pixels = []
         for image in images:
             image = flatten_image(image, name)
-            shape = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape)
-            if size != shape and size not in (shape[:2], shape[1:]):
-                logger.info("`%s` is %s and is resized to %d×%d pixels.", name, "×".join(map(str, shape)), *size)
+            if image_size(image) != size:
+                logger.info(
+                    "`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *image_size(image), *size
+                )
             pixels.append(self.image_processor.preprocess(image, *size))
         pixels = torch.cat(pixels).to(self._execution_device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
@@ -780,7 +810,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return delta
 
     def _clip_image_features(self, images: list) -> torch.Tensor:
-        inputs = self.clip_processor(images=[self._to_pil(image) for image in images], return_tensors="pt")
+        inputs = self.clip_processor(
+            images=[self._to_pil(image, "before or after") for image in images], return_tensors="pt"
+        )
         pixel_values = inputs["pixel_values"].to(self._execution_device, self.clip.dtype)
         return F.normalize(_features(self.clip.get_image_features(pixel_values=pixel_values)).float(), dim=-1)
 
@@ -857,6 +889,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_clip,
             lambda_tc,
             init,
+            num_samples_per_step,
+            height,
+            width,
         )
         generator = generator[0] if isinstance(generator, list) else generator
         befores, afters = as_list(before), as_list(after)
@@ -909,7 +944,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return {name: str(value) for name, value in (own | settings).items()}
 
     def _prepare_examples(self, befores, afters, before_prompt, after_prompt, height, width) -> list[_Example]:
-        size = self._common_size([flatten_image(befores[0], "before")], height, width)
+        size = self._common_size(befores, "before", height, width)
         before_latents = self._encode_images(befores, "before", size).split(1)
         after_latents = self._encode_images(afters, "after", size).split(1)
         before_prompts = self._prompts_for(befores, before_prompt, "before")
@@ -944,9 +979,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_optimization_steps)
         probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
         judge_every = max(1, num_optimization_steps // 10)
-        candidates = [(self._judge(tokens, goal, probe), tokens.detach().clone())]
-        step = 0
+        candidates, step = [(float("inf"), tokens.detach().clone())], 0
+
+        def judge() -> None:
+            candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
+
         try:
+            judge()
             progress_bar = self.progress_bar(range(num_optimization_steps))
             for step in progress_bar:
                 example = goal.examples[step % len(goal.examples)]
@@ -959,10 +998,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 optimizer.zero_grad()
                 values = {name: float(value) for name, value in losses.items()}
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-                if (step + 1) % judge_every == 0:
-                    candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
                 if callback is not None:
                     callback(self, step, {**values, "tokens": tokens.detach().clone()})
+                if (step + 1) % judge_every == 0 or step + 1 == num_optimization_steps or self.interrupt:
+                    judge()
                 if self.interrupt:
                     break
         except KeyboardInterrupt:
@@ -971,7 +1010,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 step + 1,
                 num_optimization_steps,
             )
-        candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
+            judge()
         loss, best = min(candidates, key=lambda candidate: candidate[0])
         return best, loss
 
@@ -1017,9 +1056,18 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
     # ---------------------------------------------------------------------------------- inverting and denoising
 
+    def _deterministic(self, family: type) -> Any:
+        """A DDIM scheduler, or its inverse, on the model's noise schedule: two whose steps undo each other."""
+        spacing = self.scheduler.config.get("timestep_spacing", "leading")
+        spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse knows no other
+        return family.from_config(self.scheduler.config, clip_sample=False, timestep_spacing=spacing)
+
+    def _latents_shape(self, batch_size: int, size: tuple[int, int]) -> tuple[int, ...]:
+        return (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
+
     def _ddim_inversion(self, latents, prompt_embeds, num_inference_steps: int, num_steps: int) -> torch.Tensor:
         """Walks latents (batch, ...) up the first `num_steps` of the deterministic path on which DDIM comes down."""
-        scheduler = DDIMInverseScheduler.from_config(self.scheduler.config, clip_sample=False)
+        scheduler = self._deterministic(DDIMInverseScheduler)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         for t in self.progress_bar(scheduler.timesteps[:num_steps]):
             prediction = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
@@ -1040,9 +1088,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs,
     ) -> torch.Tensor:
         """Draws latents (batch, ...) guided from the negative prompts' prediction towards the prompts'."""
-        extra = {}
-        if isinstance(scheduler, DDIMScheduler):
-            extra = {"eta": eta, "generator": generator}
+        accepted = inspect.signature(scheduler.step).parameters
+        extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -1080,20 +1127,19 @@ class DifferenceInversionPipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """Where denoising begins: latents, and the scheduler and time steps that lead down from there."""
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
-        family = type(self.scheduler) if inversion is None else DDIMScheduler
-        known = {"clip_sample": False} if family is DDIMScheduler else {}
-        scheduler = family.from_config(self.scheduler.config, **known)
+        if inversion is None:
+            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        else:
+            scheduler = self._deterministic(DDIMScheduler)
         scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         timesteps = scheduler.timesteps
         if inversion is None:
-            shape = (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
+            shape = self._latents_shape(batch_size, size)
             if latents is None:
                 latents = randn_tensor(
                     shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
                 )
             latents = latents.to(self._execution_device, self.unet.dtype)
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
             return latents * scheduler.init_noise_sigma, scheduler, timesteps
         num_steps = max(1, round(num_inference_steps * strength))
         timesteps = timesteps[-num_steps:]
@@ -1208,6 +1254,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             num_inference_steps,
             inversion,
             strength,
+            eta,
             num_images_per_prompt,
             generator,
             latents,
@@ -1240,7 +1287,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         elif difference is not None:
             difference = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
-        self._guidance_scale = guidance_scale or (7.5 if image is None else 1.5)
+        if guidance_scale is None:
+            guidance_scale = 7.5 if image is None else 1.5
+        self._guidance_scale = guidance_scale
         inversion = None if image is None else inversion
 
         # 2. Learn the difference, if it is not given
@@ -1254,8 +1303,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         # 3. Prompts: the query's with the difference, its own, and what guidance leads away from
         images = [] if image is None else as_list(image)
         prompts = self._prompts_for(images, prompt, "image") if images else as_list(prompt)
-        source_prompts = self._repeated(source_prompt or prompts, len(prompts))
-        negative_prompts = self._repeated(negative_prompt or (source_prompts if images else ""), len(prompts))
+        source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
+        if negative_prompt is None:
+            negative_prompt = source_prompts if images else ""
+        negative_prompts = self._repeated(negative_prompt, len(prompts))
         rows = self._rows(difference).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
         prompt_embeds = self.encode_prompt(prompts, rows)  # [batch, length, dim]
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
@@ -1263,9 +1314,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         negative_prompt_embeds = self.encode_prompt(negative_prompts, torch.zeros_like(rows))
 
         # 4. Where denoising begins
-        factor = self.vae_scale_factor
-        native = [torch.empty(1, 3, *[self.unet.config.sample_size * factor] * 2)]
-        size = self._common_size([flatten_image(item, "image") for item in images] or native, height, width)
+        size = self._common_size(images, "image", height, width)
         batch_size = len(prompts) * num_images_per_prompt
         latents, scheduler, timesteps = self._start(
             images,

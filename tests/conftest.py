@@ -1,6 +1,8 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Small random models in Stable Diffusion's layout, with real classes throughout, and pictures to put into them."""
 
+import copy
+import functools
 import logging
 import os
 import shutil
@@ -152,8 +154,8 @@ def build_captioner() -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     return captioner.eval(), processor
 
 
-def build_components(prediction_type: str = "epsilon") -> dict:
-    """Everything that learning and applying need, but no captioner."""
+@functools.cache
+def _components() -> dict:
     tokenizer = build_tokenizer()
     clip = build_clip(tokenizer)
     size = {"height": SIDE, "width": SIDE}
@@ -163,10 +165,14 @@ def build_components(prediction_type: str = "epsilon") -> dict:
         "text_encoder": build_text_encoder(clip),
         "tokenizer": tokenizer,
         "unet": build_unet(),
-        "scheduler": build_scheduler(prediction_type),
         "clip": clip,
         "clip_processor": CLIPProcessor(image_processor, tokenizer),
     }
+
+
+def build_components(prediction_type: str = "epsilon") -> dict:
+    """Everything that learning and applying need, but no captioner; nothing is shared with other tests."""
+    return copy.deepcopy(_components()) | {"scheduler": build_scheduler(prediction_type)}
 
 
 def build_pipeline(prediction_type: str = "epsilon", **components) -> DifferenceInversionPipeline:

@@ -1,4 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+import signal
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import (
@@ -281,8 +284,17 @@ def interrupt(pipe):
     pipe._interrupt = True
 
 
+@contextmanager
+def ctrl_c_is_handled():
+    """Lets a test fail, and not pytest stop, where the pipeline lets Ctrl-C through."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C ended learning without a result.")
+
+
 def press_ctrl_c(pipe):
-    raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def fail(pipe):
@@ -292,10 +304,33 @@ def fail(pipe):
 @pytest.mark.parametrize("stop", [interrupt, press_ctrl_c])
 def test_stopping_early_keeps_the_best_tokens_so_far(pipe, pair, stop):
     diary = Diary(at=5, do=stop)
-    rows = rows_of(learn(pipe, pair, steps=40, callback_on_optimization_step=diary))
+    with ctrl_c_is_handled():
+        rows = rows_of(learn(pipe, pair, steps=40, callback_on_optimization_step=diary))
     assert len(diary.entries) == 6
     assert any(torch.equal(rows, seen) for seen in diary.values("tokens"))
     assert loss_on_a_fixed_set(pipe, pair, rows) < loss_on_a_fixed_set(pipe, pair, torch.zeros_like(rows))
+
+
+@pytest.mark.parametrize("moment", [0.25, 0.5, 1.0])
+def test_ctrl_c_at_any_moment_keeps_the_best_tokens_so_far(pipe, pair, moment):
+    """From the second step to the very last call of the model, in the middle of that call."""
+    with forward_calls(pipe.unet) as calls:
+        learn(pipe, pair, steps=5)
+    before, total = state_of(pipe), len(calls)
+    calls = []
+
+    def press(module, arguments, output):
+        calls.append(output)
+        if len(calls) == round(moment * total):
+            hook.remove()
+            signal.raise_signal(signal.SIGINT)
+
+    hook = pipe.unet.register_forward_hook(press)
+    with ctrl_c_is_handled():
+        rows = rows_of(learn(pipe, pair, steps=5))
+    assert len(calls) == round(moment * total)
+    assert loss_on_a_fixed_set(pipe, pair, rows) < loss_on_a_fixed_set(pipe, pair, torch.zeros_like(rows))
+    assert state_of(pipe) == before
 
 
 def test_learning_can_go_on_after_an_interruption(pipe, pair):
@@ -334,7 +369,8 @@ def test_components_come_back_as_they_were(pipe, pair, do):
         with pytest.raises(RuntimeError, match="a callback of the user's"):
             learn(pipe, pair, callback_on_optimization_step=diary)
     else:
-        learn(pipe, pair, callback_on_optimization_step=diary)
+        with ctrl_c_is_handled():
+            learn(pipe, pair, callback_on_optimization_step=diary)
     after = state_of(pipe)
     assert {key for key in before if before[key] != after[key]} == set()
     assert before.keys() == after.keys()

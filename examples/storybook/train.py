@@ -197,6 +197,12 @@ def load_component(options: argparse.Namespace, name: str):
     return component
 
 
+def begin(name: str, build: Callable[[], torch.nn.Module], options: argparse.Namespace) -> torch.nn.Module:
+    """A model to train: new, or with `--from-model` the one in the model folder."""
+    trained = load_component(options, name) if options.from_model else None
+    return build() if trained is None else trained.train().requires_grad_(True)
+
+
 def write_model_index(options: argparse.Namespace) -> None:
     """Tells diffusers which class loads which folder."""
     index = {"_class_name": "DifferenceInversionPipeline", "_diffusers_version": diffusers.__version__}
@@ -421,7 +427,7 @@ def stage_clip(options: argparse.Namespace) -> None:
     tokenizer = load_component(options, "tokenizer")
     pictures, scenes = load_pictures(options), load_scenes(options)
     values = np.array([[ATTRIBUTES[name].index(getattr(scene, name)) for name in ATTRIBUTES] for scene in scenes])
-    model = build_clip(tokenizer)
+    model = begin("clip", functools.partial(build_clip, tokenizer), options)
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = similar_scenes(values, batch_size // 2, rng)
@@ -497,7 +503,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 def stage_vae(options: argparse.Namespace) -> None:
     """Trains the autoencoder on crops; whole held-out pictures judge it."""
-    train_vae("vae", build_vae(), options)
+    train_vae("vae", begin("vae", build_vae, options), options)
 
 
 def stage_decoder(options: argparse.Namespace) -> None:
@@ -589,7 +595,7 @@ def stage_unet(options: argparse.Namespace) -> None:
     """Trains the diffusion model on cached latents."""
     tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
     latents, scenes = torch.from_numpy(np.load(options.work_dir / "latents.npy")), load_scenes(options)
-    scheduler, model = build_scheduler(), build_unet()
+    scheduler, model = build_scheduler(), begin("unet", build_unet, options)
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = rng.choices(range(len(scenes)), k=batch_size)
@@ -858,6 +864,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="total, counted from the start of the stage")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument(
+        "--from-model", action="store_true", help="where there is no checkpoint, train the model folder's weights on"
+    )
     parser.add_argument("--learning-rate", type=float, help="at its highest")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the training steps")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of evaluation's text to image")
