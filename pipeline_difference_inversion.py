@@ -836,13 +836,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 100,
-        learning_rate: float = 2e-2,
+        num_optimization_steps: int = 60,
+        learning_rate: float = 5e-2,
         alpha: float = 0.8,
-        lambda_clip: float = 0.01,
+        lambda_clip: float = 2.0,
         lambda_tc: float = 6.0,
         init: str = "zeros",
-        num_samples_per_step: int = 4,
+        num_samples_per_step: int = 2,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
     ) -> DifferenceTokens:
@@ -863,7 +863,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             num_optimization_steps: optimizer steps, at least 1.
             learning_rate: Adam's, at its highest; a cosine takes it to zero.
             alpha: 0 trusts the images' delta, 1 the captions' (equation 5).
-            lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed.
+            lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
+                the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).
             init: `"zeros"` (section 4.4) or `"random"`, at the vocabulary's scale.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
@@ -1170,16 +1171,16 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 100,
-        learning_rate: float = 2e-2,
+        num_optimization_steps: int = 60,
+        learning_rate: float = 5e-2,
         alpha: float = 0.8,
-        lambda_clip: float = 0.01,
+        lambda_clip: float = 2.0,
         lambda_tc: float = 6.0,
         init: str = "zeros",
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
         inversion: Optional[str] = "ddim",
-        strength: float = 1.0,
+        strength: float = 0.8,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,

@@ -64,20 +64,16 @@ def open_image(path: str, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size))
 
 
-def make_sheet(before: Image.Image, after: Image.Image, queries: list, answers: list) -> Image.Image:
-    """A and A' above, then each B with its B'."""
-    rows = [("A", before, "A'", after)]
-    rows += [
-        (f"B{i}", query, f"B{i}'", answer) for i, (query, answer) in enumerate(zip(queries, answers, strict=True), 1)
-    ]
-    width, height = 2 * TILE + 3 * MARGIN, len(rows) * (TILE + LABEL + MARGIN) + MARGIN
-    sheet = Image.new("RGB", (width, height), "white")
+def make_sheet(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:
+    """Rows of labelled pictures."""
+    width = MARGIN + max(len(row) for row in rows) * (TILE + MARGIN)
+    sheet = Image.new("RGB", (width, len(rows) * (TILE + LABEL + MARGIN) + MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=22)
-    for row, (left_label, left, right_label, right) in enumerate(rows):
-        top = MARGIN + row * (TILE + LABEL + MARGIN)
-        for x, label, image in ((MARGIN, left_label, left), (TILE + 2 * MARGIN, right_label, right)):
-            draw.text((x, top), label, fill="black", font=font)
-            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (x, top + LABEL))
+    for i, row in enumerate(rows):
+        for j, (label, image) in enumerate(row):
+            left, top = MARGIN + j * (TILE + MARGIN), MARGIN + i * (TILE + LABEL + MARGIN)
+            draw.text((left, top), label, fill="black", font=font)
+            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top + LABEL))
     return sheet
 
 
@@ -104,8 +100,10 @@ def main() -> None:
         guidance_scale=options.guidance_scale,
         generator=generator,
     ).images
+    rows = [[("A", before), ("A'", after)]]
+    rows += [[(f"B{i}", b), (f"B{i}'", b2)] for i, (b, b2) in enumerate(zip(queries, answers, strict=True), 1)]
     sheet_path = options.output / "sheet.png"
-    make_sheet(before, after, queries, answers).save(sheet_path)
+    make_sheet(rows).save(sheet_path)
     print(f"The pictures:   {sheet_path.resolve()}\nThe difference: {difference_path.resolve()}")
 
 

@@ -48,6 +48,7 @@ def apply(pipe, **options) -> torch.Tensor:
         "prompt": "a blue cabin",
         "difference": random_tokens(),
         "num_inference_steps": STEPS,
+        "strength": 1.0,
         "output_type": "latent",
     }
     return pipe(**defaults | options).images
@@ -136,6 +137,26 @@ def test_an_empty_negative_prompt_is_not_the_querys_own(pipe):
     assert (apply(pipe, guidance_scale=3.0, negative_prompt="") - own).abs().max() > 0.01
 
 
+def test_a_query_is_redrawn_by_words_alone_without_a_difference(pipe):
+    words = {"source_prompt": "a blue cabin", "difference": None, "guidance_scale": 3.0}
+    unchanged = apply(pipe, prompt="a blue cabin", **words)
+    torch.testing.assert_close(
+        unchanged, reconstruction(pipe, picture("blue"), "a blue cabin", 0), atol=1e-4, rtol=1e-4
+    )
+    assert (apply(pipe, prompt="a castle at night", **words) - unchanged).abs().mean() > 0.05
+    out = pipe(image=picture("blue"), prompt="a castle", source_prompt="a cabin", num_inference_steps=1)
+    assert out.difference is None
+    assert out.images[0].size == (SIDE, SIDE)
+
+
+def test_the_source_prompt_is_what_the_query_is_inverted_by_and_led_away_from(pipe):
+    expected = reconstruction(pipe, picture("blue"), "a blue cabin", num_tokens=2)
+    back = apply(pipe, prompt="a castle", source_prompt="a blue cabin", guidance_scale=0)
+    torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
+    own = apply(pipe, prompt="a blue cabin", source_prompt="a blue cabin")
+    torch.testing.assert_close(own, apply(pipe, prompt="a blue cabin"))
+
+
 def test_difference_scale_scales_the_difference(pipe):
     tokens = random_tokens()
     torch.testing.assert_close(
@@ -208,6 +229,7 @@ def test_interrupted_learning_still_gives_a_picture(pipe, pair):
         prompt="a blue cabin",
         **pair,
         num_inference_steps=STEPS,
+        strength=1.0,
         callback_on_optimization_step=interrupt,
         callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step) or tensors,
     )
@@ -479,15 +501,27 @@ def test_a_query_is_answered_whatever_the_scheduler_and_leaves_it_as_it_was(pipe
         torch.testing.assert_close(latents, expected)
 
 
-@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_inversion_and_drawing_walk_one_path_whatever_the_scheduler(pipe, make):
-    """A model that predicts little noise is inverted nearly exactly, if both go by the same time steps."""
+def distance_of_a_round_trip(pipe, **options) -> float:
+    """How far a query comes back from itself, relatively, through a model that predicts little noise.
+
+    Such a model is inverted nearly exactly, if the ways up and down go by the same time steps.
+    """
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(0.05)
     query = latents_of(pipe, picture("blue"))
+    back = apply(pipe, difference_scale=0, num_inference_steps=50, **options)
+    return float((back - query).abs().mean() / query.abs().mean())
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_query_is_taken_up_and_down_the_same_way_whatever_the_scheduler(pipe, make):
     pipe.scheduler = make(pipe.scheduler.config)
-    none = apply(pipe, difference_scale=0, num_inference_steps=50)
-    assert (none - query).abs().mean() < 0.05 * query.abs().mean()
+    assert distance_of_a_round_trip(pipe) < 0.05
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.77])
+def test_a_query_taken_part_of_the_way_comes_back_by_it(pipe, strength):
+    assert distance_of_a_round_trip(pipe, strength=strength) < 0.02
 
 
 @pytest.mark.parametrize("make", [DDIMScheduler.from_config, *SCHEDULERS.values()], ids=["ddim", *SCHEDULERS])
@@ -710,6 +744,7 @@ BAD_APPLYING = {
     "too much strength": ({"strength": 1.5}, ValueError, "`strength`.*1.5"),
     "eta above 1": ({"eta": 2.0}, ValueError, "`eta`.*2"),
     "a negative eta": ({"eta": -0.5}, ValueError, "`eta`.*-0.5"),
+    "two source prompts for one image": ({"source_prompt": ["a", "b"]}, ValueError, "`source_prompt`.*2"),
     "no images of a prompt": ({"num_images_per_prompt": 0}, ValueError, "`num_images_per_prompt`"),
     "a small height": ({"height": 7}, ValueError, "`height`.*7"),
     "a small width": ({"width": 0}, ValueError, "`width`.*0"),

@@ -1,0 +1,36 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""Draws the README's sheet of what the parameters do, with the quickstart's pictures.
+
+python examples/gallery.py examples/images/parameters.png
+"""
+
+import sys
+
+import torch
+from quickstart import IMAGES, STORYBOOK, load_pipeline, make_sheet, open_image
+
+
+VARIATIONS = {
+    "difference_scale": (-1.0, 0.0, 0.5, 1.0, 1.5),
+    "guidance_scale": (0.5, 1.0, 1.5, 3.0, 6.0),
+    "strength": (0.2, 0.4, 0.6, 0.8, 1.0),
+}
+
+
+def main(path: str) -> None:
+    pipe = load_pipeline(str(STORYBOOK))
+    pipe.set_progress_bar_config(disable=True)
+    before, after, query = (open_image(str(IMAGES / f"{name}.png"), 128) for name in ("before", "after", "query_1"))
+    difference = pipe.invert_difference(before, after, generator=torch.Generator().manual_seed(0))
+    rows = [
+        [
+            (f"{name} {value:g}", pipe(image=query, difference=difference, **{name: value}).images[0])
+            for value in values
+        ]
+        for name, values in VARIATIONS.items()
+    ]
+    make_sheet(rows).save(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
