@@ -150,7 +150,7 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor) -> to
 # ------------------------------------------------------------------------------------------- difference tokens
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class DifferenceTokens:
     """A learned difference: rows of a text encoder's embedding space, and where they come from.
 
@@ -171,7 +171,10 @@ class DifferenceTokens:
         return f"DifferenceTokens({shapes}{'; ' + ' → '.join(story) if story else ''})"
 
     def __mul__(self, scale: float) -> "DifferenceTokens":
-        return DifferenceTokens({name: rows * scale for name, rows in self.embeddings.items()}, dict(self.metadata))
+        metadata = {name: value for name, value in self.metadata.items() if name != "loss"}
+        if scale < 0 and {"before_prompt", "after_prompt"} <= metadata.keys():
+            metadata["before_prompt"], metadata["after_prompt"] = metadata["after_prompt"], metadata["before_prompt"]
+        return DifferenceTokens({name: rows * scale for name, rows in self.embeddings.items()}, metadata)
 
     __rmul__ = __mul__
 
@@ -182,7 +185,9 @@ class DifferenceTokens:
         if len(self.embeddings) != len(other.embeddings):
             raise ValueError(f"Differences for different text encoders do not add: {self!r} and {other!r}.")
         pairs = zip(self.embeddings.items(), other.embeddings.values(), strict=True)
-        return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs})
+        common = ("base_model", "prediction_type", "embedding_fingerprint")
+        metadata = {k: v for k, v in self.metadata.items() if k in common and other.metadata.get(k) == v}
+        return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs}, metadata)
 
     def to(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> "DifferenceTokens":
         """Returns a copy on another device or in another floating-point type."""
@@ -288,7 +293,7 @@ class DifferenceInversionPipelineOutput(BaseOutput):
     """
     Attributes:
         images: the answers B', query by query: PIL images, or an array or tensor by `output_type`.
-        difference: the difference tokens that were learned or given, with their scales in them.
+        difference: the difference tokens as they were learned; or those given, as applied, with their scales in them.
     """
 
     images: Union[list[Image.Image], np.ndarray, torch.Tensor]
@@ -360,6 +365,8 @@ def flatten_image(image: Any, name: str) -> Any:
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+        image = image.float() / 255
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return image[None]  # [1, height, width, 3] or [1, 3, height, width]
     if not isinstance(image, Image.Image):
@@ -434,7 +441,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         captioner_processor ([`~transformers.BlipProcessor`], *optional*): prepares images for `captioner`.
     """
 
-    model_cpu_offload_seq = "captioner->clip->text_encoder->unet->vae"
+    model_cpu_offload_seq = "unet->vae"
+    # These are called by other methods than forward, where offload hooks do not act, or are needed again by backward.
+    _exclude_from_cpu_offload = ["text_encoder", "clip", "captioner"]
     _optional_components = ["clip", "clip_processor", "captioner", "captioner_processor"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
@@ -534,7 +543,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             raise ValueError(f"`init` is {init!r}; it is 'zeros' (the paper's) or 'random'.")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
-                "`scheduler` predicts neither noise nor velocity: this pipeline is for Stable Diffusion 1.x "
+                "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x "
                 f"and 2.x, and its prediction_type is {self.scheduler.config.prediction_type!r}."
             )
         if lambda_clip > 0:
@@ -553,7 +562,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                     f"`{name}` is missing: learning compares the images by CLIP. For this base model, "
                     f"{remedy} and pass both to `from_pretrained`, or learn with `lambda_clip=0`."
                 )
-        table = self.clip.text_model.get_input_embeddings().weight
+        table = self.clip.text_model.embeddings.token_embedding.weight
         own = self.text_encoder.get_input_embeddings().weight
         if table.shape != own.shape:
             raise ValueError(
@@ -591,6 +600,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         num_images_per_prompt,
         generator,
         latents,
+        output_type,
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that applying could not use."""
@@ -610,8 +620,15 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it must be at least 1.")
+        most_steps = self.scheduler.config.num_train_timesteps - 1
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= most_steps:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}; it is a whole number, 1 to {most_steps}."
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` is {output_type!r}; it is 'pil', 'np', 'pt' or 'latent'.")
+        if source_prompt is not None and image is None:
+            raise ValueError("`source_prompt` describes a query image, and `image` is missing.")
         if inversion not in ("ddim", "sdedit", None):
             raise ValueError(f"`inversion` is {inversion!r}; it is 'ddim', 'sdedit' or None.")
         if not 0 < strength <= 1:
@@ -675,7 +692,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 f"{width}: it was learned on another base model."
             )
         learned_on = difference.metadata.get("embedding_fingerprint")
-        if learned_on and learned_on != embedding_fingerprint(self.text_encoder):
+        comparable = self.text_encoder.dtype != torch.bfloat16  # whose rounding changes the fingerprint
+        if learned_on and comparable and learned_on != embedding_fingerprint(self.text_encoder):
             logger.warning(
                 "`difference` was learned on another base model (%s) of the same size; it may still work, as "
                 "fine-tuned models share their embedding space.",
@@ -733,17 +751,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         Returns:
             The text encoder's hidden states, (batch, length, dim), in the UNet's dtype.
         """
-        num_rows = 0 if rows is None else rows.shape[1]
-        input_ids, slots = self._place_rows(prompts, num_rows)
-        mask = (input_ids != self.tokenizer.pad_token_id).long() if self._uses_attention_mask else None
-        if num_rows == 0:
-            return self.text_encoder(input_ids, attention_mask=mask)[0].to(self.unet.dtype)
+        rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
+        input_ids, slots = self._place_rows(prompts, rows.shape[1])
         with inserted_rows(self.text_encoder.get_input_embeddings(), slots, rows):
-            return self.text_encoder(input_ids, attention_mask=mask)[0].to(self.unet.dtype)
-
-    @property
-    def _uses_attention_mask(self) -> bool:
-        return bool(getattr(self.text_encoder.config, "use_attention_mask", False))
+            return self.text_encoder(input_ids)[0].to(self.unet.dtype)
 
     def _place_rows(self, prompts: list[str], num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length)."""
@@ -786,7 +797,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         for image in images:
             image = flatten_image(image, name)
             if image_size(image) != size:
-                logger.info(
+                logger.warning(
                     "`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *image_size(image), *size
                 )
             pixels.append(self.image_processor.preprocess(image, *size))
@@ -818,10 +829,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
     def _clip_text_features(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
         """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in difference tokens."""
-        num_rows = 0 if rows is None else rows.shape[1]
-        input_ids, slots = self._place_rows(prompts, num_rows)
         rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
-        with inserted_rows(self.clip.text_model.get_input_embeddings(), slots, rows):
+        input_ids, slots = self._place_rows(prompts, rows.shape[1])
+        with inserted_rows(self.clip.text_model.embeddings.token_embedding, slots, rows):
             return F.normalize(_features(self.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
 
     # ------------------------------------------------------------------------------------------------- learning
@@ -934,7 +944,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "format": FILE_FORMAT,
             "format_version": FILE_FORMAT_VERSION,
             "token": DEFAULT_TOKEN,
-            "base_model": self.config.get("_name_or_path") or "",
+            "base_model": self._base_model(),
             "prediction_type": self.scheduler.config.get("prediction_type", "epsilon"),
             "embedding_fingerprint": embedding_fingerprint(self.text_encoder),
             "torch": torch.__version__,
@@ -944,10 +954,15 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         }
         return {name: str(value) for name, value in (own | settings).items()}
 
+    def _base_model(self) -> str:
+        """The base model's name; of a local folder only its last part, as difference files are made to be shared."""
+        name = self.config.get("_name_or_path") or ""
+        return Path(name).resolve().name if os.path.exists(name) else name
+
     def _prepare_examples(self, befores, afters, before_prompt, after_prompt, height, width) -> list[_Example]:
         size = self._common_size(befores, "before", height, width)
-        before_latents = self._encode_images(befores, "before", size).split(1)
-        after_latents = self._encode_images(afters, "after", size).split(1)
+        before_latents = self._encode_images(befores, "before", size).float().split(1)
+        after_latents = self._encode_images(afters, "after", size).float().split(1)
         before_prompts = self._prompts_for(befores, before_prompt, "before")
         after_prompts = self._prompts_for(afters, after_prompt, "after")
         parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
@@ -980,6 +995,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_optimization_steps)
         probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
         judge_every = max(1, num_optimization_steps // 10)
+        # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
+        scale = 1024.0 if torch.float16 in (self.unet.dtype, self.text_encoder.dtype) else 1.0
         candidates, step = [(float("inf"), tokens.detach().clone())], 0
 
         def judge() -> None:
@@ -993,8 +1010,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 draw = self._draw(example.before_latents, num_samples_per_step, generator)
                 with torch.enable_grad():
                     losses = self._losses(tokens, example, draw, goal)
-                    losses["loss"].backward()
-                optimizer.step()
+                    (losses["loss"] * scale).backward()
+                tokens.grad /= scale
+                if tokens.grad.isfinite().all():
+                    optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
                 values = {name: float(value) for name, value in losses.items()}
@@ -1013,6 +1032,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             )
             judge()
         loss, best = min(candidates, key=lambda candidate: candidate[0])
+        if torch.equal(best, candidates[0][1]):
+            logger.warning(
+                "No tokens were better than those that learning began with, and the difference will change nothing. "
+                "Try a lower `learning_rate`, more steps, other prompts, or float32."
+            )
         return best, loss
 
     def _losses(self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal) -> dict[str, torch.Tensor]:
@@ -1051,7 +1075,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         noise, timesteps = draw.noise.repeat(2, 1, 1, 1), draw.timesteps.repeat(2)
         # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
         training_schedule = DDPMScheduler.from_config(self.scheduler.config)
-        noisy_latents = training_schedule.add_noise(latents, noise, timesteps)
+        noisy_latents = training_schedule.add_noise(latents, noise, timesteps).to(self.unet.dtype)
         prediction = self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds).sample
         return token_consistency_loss(prediction, _prediction_target(training_schedule, latents, noise, timesteps))
 
@@ -1082,7 +1106,6 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         timesteps,
         prompt_embeds,
         negative_prompt_embeds,
-        guidance_scale,
         eta,
         generator,
         callback_on_step_end,
@@ -1098,7 +1121,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 inputs = scheduler.scale_model_input(torch.cat([latents] * 2), t)
                 embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
                 baseline, changed = self.unet(inputs, t, encoder_hidden_states=embeds).sample.chunk(2)
-                prediction = baseline + guidance_scale * (changed - baseline)
+                prediction = baseline + self.guidance_scale * (changed - baseline)
                 latents = scheduler.step(prediction, t, latents, **extra).prev_sample
                 if callback_on_step_end is not None:
                     known = {
@@ -1177,6 +1200,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         lambda_clip: float = 2.0,
         lambda_tc: float = 6.0,
         init: str = "zeros",
+        num_samples_per_step: int = 2,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
         inversion: Optional[str] = "ddim",
@@ -1217,6 +1241,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_clip: weight of the CLIP loss.
             lambda_tc: weight of the token consistency loss.
             init: `"zeros"` or `"random"`.
+            num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
                 says, more exaggerates. By default 1.5 for a query image and 7.5 for text to image.
@@ -1243,6 +1268,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             ValueError, TypeError, FileNotFoundError: for arguments that cannot be used, by name, before any model runs.
         """
         # 1. Check everything before any model runs
+        if hasattr(callback_on_step_end, "tensor_inputs"):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             image,
             prompt,
@@ -1259,6 +1286,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             num_images_per_prompt,
             generator,
             latents,
+            output_type,
             callback_on_step_end_tensor_inputs,
         )
         learning = {
@@ -1273,6 +1301,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "lambda_clip": lambda_clip,
             "lambda_tc": lambda_tc,
             "init": init,
+            "num_samples_per_step": num_samples_per_step,
         }
         learns = before is not None or after is not None
         by_words_alone = image is not None and prompt is not None and source_prompt is not None
@@ -1294,11 +1323,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         inversion = None if image is None else inversion
 
         # 2. Learn the difference, if it is not given
+        applied = difference
         if learns:
             difference = self.invert_difference(
                 **learning, generator=generator, callback_on_optimization_step=callback_on_optimization_step
             )
-            difference = self._resolve_difference(difference, difference_scale)
+            applied = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
 
         # 3. Prompts: the query's with the difference, its own, and what guidance leads away from
@@ -1308,7 +1338,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if negative_prompt is None:
             negative_prompt = source_prompts if images else ""
         negative_prompts = self._repeated(negative_prompt, len(prompts))
-        rows = self._rows(difference).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
+        rows = self._rows(applied).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
         prompt_embeds = self.encode_prompt(prompts, rows)  # [batch, length, dim]
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
         source_embeds = self.encode_prompt(source_prompts, torch.zeros_like(rows))
@@ -1338,7 +1368,6 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             timesteps,
             prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
             negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
-            self._guidance_scale,
             eta,
             generator,
             callback_on_step_end,

@@ -37,7 +37,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(STORYBOOK), help="a Stable Diffusion 1.x or 2.x folder or Hub name")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the sheet and the difference")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.prompt and len(options.prompt) not in (1, len(options.image)):
+        parser.error(f"--prompt has {len(options.prompt)} prompts for {len(options.image)} images; give one for each")
+    return options
 
 
 def load_pipeline(model: str) -> DifferenceInversionPipeline:

@@ -32,6 +32,19 @@ def test_a_negated_difference_is_the_change_undone(tokens):
     torch.testing.assert_close(rows_of(-undone), rows_of(tokens))
 
 
+def test_a_negated_difference_tells_its_story_the_other_way_round():
+    tokens = DifferenceTokens(
+        {"<difference>": torch.ones(1, 4)}, {"before_prompt": "a cabin", "after_prompt": "a tent"}
+    )
+    assert "a tent → a cabin" in repr(-tokens)
+    assert "a cabin → a tent" in repr(0.5 * tokens)
+
+
+def test_a_sum_remembers_the_base_model_that_both_share():
+    one, other = (DifferenceTokens({"<difference>": torch.ones(1, 4)}, {"base_model": "sd", "seed": s}) for s in "12")
+    assert (one + other).metadata == {"base_model": "sd"}
+
+
 def test_a_sum_has_the_rows_of_both_one_after_the_other(tokens):
     other = random_tokens(num_tokens=2, seed=6)
     torch.testing.assert_close(rows_of(tokens + other), torch.cat([rows_of(tokens), rows_of(other)]))
