@@ -1204,7 +1204,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
         inversion: Optional[str] = "ddim",
-        strength: float = 0.8,
+        strength: float = 0.9,
         eta: float = 0.0,
         num_images_per_prompt: int = 1,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
