@@ -847,9 +847,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         width: Optional[int] = None,
         num_tokens: int = 4,
         num_optimization_steps: int = 60,
-        learning_rate: float = 5e-2,
+        learning_rate: float = 1e-2,
         alpha: float = 0.8,
-        lambda_clip: float = 2.0,
+        lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
         init: str = "zeros",
         num_samples_per_step: int = 2,
@@ -1195,9 +1195,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         width: Optional[int] = None,
         num_tokens: int = 4,
         num_optimization_steps: int = 60,
-        learning_rate: float = 5e-2,
+        learning_rate: float = 1e-2,
         alpha: float = 0.8,
-        lambda_clip: float = 2.0,
+        lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
         init: str = "zeros",
         num_samples_per_step: int = 2,
@@ -1244,7 +1244,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
-                says, more exaggerates. By default 1.5 for a query image and 7.5 for text to image.
+                says, more exaggerates. By default 2.5 for a query image and 7.5 for text to image.
             inversion: how the query becomes the starting point. `"ddim"` retraces DDIM's own path, and keeps the
                 query best; `"sdedit"` adds noise; None starts from `latents` or from noise.
             strength: how far up the schedule the query is taken, above 0 to 1; less keeps more of it.
@@ -1318,7 +1318,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             difference = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
         if guidance_scale is None:
-            guidance_scale = 7.5 if image is None else 1.5
+            guidance_scale = 7.5 if image is None else 2.5
         self._guidance_scale = guidance_scale
         inversion = None if image is None else inversion
 

@@ -91,11 +91,15 @@ def test_benchmark_writes_a_verdict_for_each_analogy(tmp_path):
     assert all(not line["no change"]["success"] and line["no change"]["kept"] for line in lines)
 
 
-@pytest.mark.parametrize("changed", ["sky"])
-def test_a_learned_difference_changes_the_query(storybook, changed):
-    rng = random.Random(4)
-    analogy = random_analogy(rng, changed)
-    before, after, query = (render(getattr(analogy, part)) for part in ("before", "after", "query"))
-    answer = storybook(image=query, before=before, after=after, generator=torch.Generator().manual_seed(0)).images[0]
-    unchanged = dataclasses.replace(analogy, target=analogy.query)
-    assert judge(answer, analogy).psnr > judge(answer, unchanged).psnr
+def test_learned_differences_change_other_pictures(storybook):
+    """Most answers are nearer to the right picture than to the query; all of these three were when it was written."""
+    rng = random.Random(0)
+    nearer = 0
+    for analogy in [random_analogy(rng, kind) for kind in ("extra", "style", "ground")]:
+        before, after, query = (render(getattr(analogy, part)) for part in ("before", "after", "query"))
+        generator = torch.Generator().manual_seed(0)
+        answer = storybook(image=query, before=before, after=after, generator=generator).images[0]
+        unchanged = dataclasses.replace(analogy, target=analogy.query)
+        print(judge(answer, analogy), judge(answer, unchanged).psnr)
+        nearer += judge(answer, analogy).psnr > judge(answer, unchanged).psnr
+    assert nearer >= 2
