@@ -13,7 +13,7 @@ from quickstart import IMAGES, STORYBOOK, load_pipeline, make_sheet, open_image
 VARIATIONS = {
     "difference_scale": (-1.0, 0.0, 0.5, 1.0, 1.5),
     "guidance_scale": (0.5, 1.0, 1.5, 3.0, 6.0),
-    "strength": (0.2, 0.4, 0.6, 0.8, 1.0),
+    "strength": (0.3, 0.5, 0.7, 0.9, 1.0),
 }
 
 

@@ -61,7 +61,7 @@ def test_quickstart_makes_a_sheet_and_a_difference(tmp_path):
     assert load_image(str(tmp_path / "sheet.png")).height > 4 * 256
     with safe_open(tmp_path / "difference.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "difference-tokens"
-        assert "castle" in file.metadata()["after_prompt"]
+        assert "desert" in file.metadata()["after_prompt"]
 
 
 def test_storybook_loads_as_a_custom_pipeline():

@@ -4,7 +4,7 @@
     python examples/storybook/benchmark.py --seed 1 --per-kind 20
 
 Each analogy is answered from its three pictures alone, with the captioner's prompts and default settings. Beside it
-stand an oracle, which is given the true caption of the answer on the same inverted query, and no change at all.
+stand an oracle, which is given the true caption of the answer on the query inverted likewise, and no change at all.
 `--set num_tokens=8 --set guidance_scale=2` tries other settings, `--output FILE.jsonl` keeps every verdict, and
 `--sheet FILE.png` shows the first analogies as they came: A, A', B, answer, oracle, target.
 """
@@ -12,7 +12,6 @@ stand an oracle, which is given the true caption of the answer on the same inver
 import argparse
 import ast
 import dataclasses
-import inspect
 import json
 import random
 import sys
@@ -29,7 +28,7 @@ from world import ATTRIBUTES, describe, render
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens  # noqa: E402
+from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -51,14 +50,12 @@ def answer(pipe: DifferenceInversionPipeline, analogy: Analogy, settings: dict, 
     """The pipeline's, the oracle's and the lazy answer to one analogy."""
     before, after, query = (render(scene) for scene in (analogy.before, analogy.after, analogy.query))
     generator = torch.Generator().manual_seed(seed)
-    rows = settings.get("num_tokens", inspect.signature(pipe.__call__).parameters["num_tokens"].default)
     applying = {name: value for name, value in settings.items() if name in APPLYING}
     pictures = {
         "difference": pipe(image=query, before=before, after=after, generator=generator, **settings).images[0],
         "oracle": pipe(
             image=query,
             source_prompt=pipe.caption([query]),
-            difference=DifferenceTokens({"<nothing>": torch.zeros(rows, pipe.text_encoder.config.hidden_size)}),
             prompt=describe(analogy.target),
             generator=generator,
             **applying,

@@ -89,11 +89,11 @@ class Recipe:
 
 
 RECIPES = {
-    "clip": Recipe(4000, 128, 1e-3),
-    "vae": Recipe(10000, 16, 1e-3),
-    "decoder": Recipe(10000, 16, 1e-3),
-    "unet": Recipe(60000, 32, 6e-4),
-    "captioner": Recipe(4000, 64, 1e-3),
+    "clip": Recipe(2000, 64, 1e-3),
+    "vae": Recipe(6000, 8, 1e-3),
+    "decoder": Recipe(2200, 8, 4e-4),
+    "unet": Recipe(9000, 32, 6e-4),
+    "captioner": Recipe(1600, 64, 1e-3),
 }
 
 
