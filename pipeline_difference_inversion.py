@@ -66,6 +66,10 @@ FILE_FORMAT = "difference-tokens"
 FILE_FORMAT_VERSION = 1
 DEFAULT_TOKEN = "<difference>"
 NUM_PROBE_SAMPLES = 8  # noises and time steps that tokens are judged on
+# How far out random tokens begin, in standard deviations of the vocabulary. Of rows near zero a text encoder sees, after
+# its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
+# that they break, and learn what is in it instead of what changed.
+RANDOM_INIT_SCALE = 3.0
 
 # The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
 MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -477,14 +481,17 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
+        """How far the running call goes from the baseline's prediction to the changed one; callbacks may read it."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
+        """Denoising steps of the running call, which `strength` makes fewer than `num_inference_steps`."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
+        """True once a callback has set `pipe._interrupt`: the running loop ends after its step."""
         return self._interrupt
 
     # ------------------------------------------------------------------------------------------------- checking
@@ -540,7 +547,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if learning_rate <= 0:
             raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
         if init not in ("zeros", "random"):
-            raise ValueError(f"`init` is {init!r}; it is 'zeros' (the paper's) or 'random'.")
+            raise ValueError(f"`init` is {init!r}; it is 'random' or 'zeros' (the paper's).")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x "
@@ -851,7 +858,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
-        init: str = "zeros",
+        init: str = "random",
         num_samples_per_step: int = 2,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
@@ -876,7 +883,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
                 the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).
-            init: `"zeros"` (section 4.4) or `"random"`, at the vocabulary's scale.
+            init: `"random"`, three times as far out as the vocabulary's words, or `"zeros"` (the paper's, section 4.4),
+                which worked less well here.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
@@ -932,6 +940,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "alpha": alpha,
             "lambda_clip": lambda_clip,
             "lambda_tc": lambda_tc,
+            "init": init,
             "loss": f"{loss:.6g}",
             "seed": "" if generator is None else generator.initial_seed(),
             "before_prompt": examples[0].before_prompt,
@@ -974,7 +983,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         shape, device = (num_tokens, table.shape[1]), self._execution_device
         if init == "zeros":
             return torch.zeros(shape, device=device)
-        return randn_tensor(shape, generator=generator, device=device) * table.float().std()
+        return randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * table.float().std()
 
     def _optimize(
         self,
@@ -997,13 +1006,16 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         judge_every = max(1, num_optimization_steps // 10)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         scale = 1024.0 if torch.float16 in (self.unet.dtype, self.text_encoder.dtype) else 1.0
-        candidates, step = [(float("inf"), tokens.detach().clone())], 0
+        nothing = torch.zeros_like(tokens)
+        candidates, step = [(float("inf"), nothing)], 0
 
-        def judge() -> None:
+        def judge(tokens: torch.Tensor) -> None:
             candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
 
         try:
-            judge()
+            judge(nothing)
+            if tokens.any():
+                judge(tokens)
             progress_bar = self.progress_bar(range(num_optimization_steps))
             for step in progress_bar:
                 example = goal.examples[step % len(goal.examples)]
@@ -1021,7 +1033,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 if callback is not None:
                     callback(self, step, {**values, "tokens": tokens.detach().clone()})
                 if (step + 1) % judge_every == 0 or step + 1 == num_optimization_steps or self.interrupt:
-                    judge()
+                    judge(tokens)
                 if self.interrupt:
                     break
         except KeyboardInterrupt:
@@ -1030,12 +1042,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 step + 1,
                 num_optimization_steps,
             )
-            judge()
+            judge(tokens)
         loss, best = min(candidates, key=lambda candidate: candidate[0])
-        if torch.equal(best, candidates[0][1]):
+        if not best.any():
             logger.warning(
-                "No tokens were better than those that learning began with, and the difference will change nothing. "
-                "Try a lower `learning_rate`, more steps, other prompts, or float32."
+                "No tokens were better than none, and the difference will change nothing. Try a lower `learning_rate`, "
+                "more steps, other prompts, or float32."
             )
         return best, loss
 
@@ -1199,7 +1211,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
-        init: str = "zeros",
+        init: str = "random",
         num_samples_per_step: int = 2,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
@@ -1240,11 +1252,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             alpha: 0 trusts the images' delta, 1 the captions'.
             lambda_clip: weight of the CLIP loss.
             lambda_tc: weight of the token consistency loss.
-            init: `"zeros"` or `"random"`.
+            init: `"random"` or `"zeros"`.
             num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
-                says, more exaggerates. By default 2.5 for a query image and 7.5 for text to image.
+                says, more exaggerates. By default 4 for a query image and 7.5 for text to image.
             inversion: how the query becomes the starting point. `"ddim"` retraces DDIM's own path, and keeps the
                 query best; `"sdedit"` adds noise; None starts from `latents` or from noise.
             strength: how far up the schedule the query is taken, above 0 to 1; less keeps more of it.
@@ -1318,7 +1330,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             difference = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
         if guidance_scale is None:
-            guidance_scale = 7.5 if image is None else 2.5
+            guidance_scale = 7.5 if image is None else 4.0
         self._guidance_scale = guidance_scale
         inversion = None if image is None else inversion
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from safetensors import safe_open
 from train import decode, draw, encode, to_pil, to_signed
-from world import describe, render
+from world import ATTRIBUTES, describe, render
 
 from pipeline_difference_inversion import DifferenceInversionPipeline
 
@@ -92,14 +92,14 @@ def test_benchmark_writes_a_verdict_for_each_analogy(tmp_path):
 
 
 def test_learned_differences_change_other_pictures(storybook):
-    """Most answers are nearer to the right picture than to the query; all of these three were when it was written."""
-    rng = random.Random(0)
-    nearer = 0
-    for analogy in [random_analogy(rng, kind) for kind in ("extra", "style", "ground")]:
+    """At least half of the answers, one of each kind of change, are nearer to the right picture than to the query."""
+    rng = random.Random("transfer")
+    nearer = []
+    for kind in ATTRIBUTES:
+        analogy = random_analogy(rng, kind)
         before, after, query = (render(getattr(analogy, part)) for part in ("before", "after", "query"))
         generator = torch.Generator().manual_seed(0)
         answer = storybook(image=query, before=before, after=after, generator=generator).images[0]
         unchanged = dataclasses.replace(analogy, target=analogy.query)
-        print(judge(answer, analogy), judge(answer, unchanged).psnr)
-        nearer += judge(answer, analogy).psnr > judge(answer, unchanged).psnr
-    assert nearer >= 2
+        nearer.append(judge(answer, analogy).psnr > judge(answer, unchanged).psnr)
+    assert sum(nearer) >= 3, nearer

@@ -13,6 +13,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import random
 import sys
 import time
@@ -86,6 +87,11 @@ def table(answers: list[Answer]) -> str:
     return "\n".join(lines)
 
 
+def json_line(a: Answer) -> str:
+    verdicts = {method: dataclasses.asdict(verdict) for method, verdict in a.verdicts.items()}
+    return json.dumps(dataclasses.asdict(a.analogy) | verdicts) + "\n"
+
+
 def make_sheet(answers: list[Answer]):
     """A, A', B, the answer, the oracle's and the target, an analogy to a row, two to a line."""
     tiles = []
@@ -121,15 +127,13 @@ def main() -> None:
     rng = random.Random(f"benchmark {options.seed}")
     analogies = [random_analogy(rng, kind) for _ in range(options.per_kind) for kind in ATTRIBUTES]
     start = time.monotonic()
-    answers = [answer(pipe, analogy, settings, seed) for seed, analogy in enumerate(tqdm(analogies))]
+    answers = []
+    with open(options.output or os.devnull, "w", buffering=1) as lines:
+        for seed, analogy in enumerate(tqdm(analogies)):
+            answers.append(answer(pipe, analogy, settings, seed))
+            lines.write(json_line(answers[-1]))
     seconds = (time.monotonic() - start) / len(answers)
     print(f"seed {options.seed}, settings {settings or 'default'}, {seconds:.1f} s an analogy\n\n{table(answers)}")
-    if options.output:
-        lines = [
-            {**dataclasses.asdict(a.analogy), **{m: dataclasses.asdict(v) for m, v in a.verdicts.items()}}
-            for a in answers
-        ]
-        options.output.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if options.sheet:
         make_sheet(answers[:12]).save(options.sheet)
 

@@ -92,7 +92,7 @@ RECIPES = {
     "clip": Recipe(2000, 64, 1e-3),
     "vae": Recipe(6000, 8, 1e-3),
     "decoder": Recipe(2200, 8, 4e-4),
-    "unet": Recipe(9000, 32, 6e-4),
+    "unet": Recipe(15000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
 }
 
