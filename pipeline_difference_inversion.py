@@ -891,7 +891,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
 
         Returns:
-            The difference tokens that were best on a fixed set of noises and time steps.
+            The difference tokens that were best on a fixed set of noises and time steps; zeros if none beat those.
 
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
