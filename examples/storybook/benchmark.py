@@ -1,141 +1,248 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Scores the pipeline on fresh image analogies whose right answers are known.
 
-    python examples/storybook/benchmark.py --seed 1 --per-kind 20
+    python examples/storybook/benchmark.py --seed 1 2 --per-kind 20
 
 Each analogy is answered from its three pictures alone, with the captioner's prompts and default settings. Beside it
 stand an oracle, which is given the true caption of the answer on the query inverted likewise, and no change at all.
-`--set num_tokens=8 --set guidance_scale=2` tries other settings, `--output FILE.jsonl` keeps every verdict, and
-`--sheet FILE.png` shows the first analogies as they came: A, A', B, answer, oracle, target.
+Rates have their 95 % Wilson intervals behind them; `direction` is the paper's directional score, by Storybook's CLIP.
+`--sdedit 0.6 0.8` adds stock diffusers' image to image at these strengths, which is given the true caption as well.
+
+Other settings, several at once on the same analogies, each `--config` one row of the table and a bare one the defaults:
+
+    python examples/storybook/benchmark.py --seed 301 --config --config num_tokens=8 --config init=zeros guidance_scale=2
+
+`--output FILE.jsonl` keeps every verdict as it comes, and `--sheet FILE.png` shows the first twelve analogies: A, A', B,
+the answer of each configuration, the oracle's, and the target. `accelerate launch --multi_gpu` in place of `python`
+shares the analogies out among GPUs, and `torchrun --nproc_per_node 2`, with OMP_NUM_THREADS=1, between two CPU cores.
+Seeds from 300 on are for choosing settings, and those below for reporting them.
 """
 
 import argparse
 import ast
 import dataclasses
+import inspect
 import json
 import os
 import random
+import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from analogies import Analogy, Verdict, judge, random_analogy
+from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.utils import make_image_grid
+from PIL import Image
 from tqdm import tqdm
 from world import ATTRIBUTES, describe, render
 
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+
+from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
 
 
+APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
+NO_CHANGE = "no change"
+SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
+Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
+
+
 @dataclasses.dataclass
 class Answer:
-    """One analogy's pictures and verdicts, by method."""
+    """One analogy's pictures and their scores, by method."""
 
     analogy: Analogy
-    pictures: dict
+    seed: int
+    index: int
+    pictures: dict[str, Image.Image]
     verdicts: dict[str, Verdict]
+    directions: dict[str, float]  # directional scores, by Storybook's CLIP
 
 
-def load_pipeline(folder: Path) -> DifferenceInversionPipeline:
+def load_pipeline(folder: Path, device: torch.device) -> DifferenceInversionPipeline:
     pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device)
 
 
-def answer(pipe: DifferenceInversionPipeline, analogy: Analogy, settings: dict, seed: int) -> Answer:
-    """The pipeline's, the oracle's and the lazy answer to one analogy."""
+# ----------------------------------------------------------------------------------------------------- answering
+
+
+def draw_analogies(seeds: list[int], per_kind: int) -> list[tuple[int, int, Analogy]]:
+    """The same number of every kind from each seed, with the seed and the place in its order."""
+    drawn = []
+    for seed in seeds:
+        rng = random.Random(f"benchmark {seed}")
+        kinds = list(ATTRIBUTES) * per_kind
+        drawn += [(seed, index, random_analogy(rng, kind)) for index, kind in enumerate(kinds)]
+    return drawn
+
+
+def name_of(config: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in config.items()) or "default"
+
+
+def applying(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name in APPLYING}
+
+
+def oracle_name(config: dict, configs: list[dict]) -> str:
+    """One oracle for all configurations that apply differences alike."""
+    alike = all(applying(other) == applying(config) for other in configs)
+    return "oracle" if alike else f"oracle, {name_of(applying(config))}"
+
+
+def answer(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, options: argparse.Namespace) -> dict:
+    """Every method's picture for one analogy, by name."""
     before, after, query = (render(scene) for scene in (analogy.before, analogy.after, analogy.query))
-    generator = torch.Generator().manual_seed(seed)
-    applying = {name: value for name, value in settings.items() if name in APPLYING}
-    pictures = {
-        "difference": pipe(image=query, before=before, after=after, generator=generator, **settings).images[0],
-        "oracle": pipe(
-            image=query,
-            source_prompt=pipe.caption([query]),
-            prompt=describe(analogy.target),
-            generator=generator,
-            **applying,
-        ).images[0],
-        "no change": query,
-    }
-    return Answer(analogy, pictures, {method: judge(picture, analogy) for method, picture in pictures.items()})
+    truth, pictures, references = describe(analogy.target), {}, {}
+    for config in options.configs:
+        generator = torch.Generator().manual_seed(index)
+        out = pipe(image=query, before=before, after=after, generator=generator, **config)
+        pictures[name_of(config)] = out.images[0]
+        name = oracle_name(config, options.configs)
+        if name not in references:
+            words = {"source_prompt": pipe.caption([query]), "prompt": truth}
+            references[name] = pipe(image=query, **words, **applying(config)).images[0]
+    for strength in options.sdedit:
+        generator = torch.Generator().manual_seed(index)
+        references[f"SDEdit, {strength:g}"] = sdedit(pipe)(
+            truth, query, strength, guidance_scale=SDEDIT_GUIDANCE_SCALE, generator=generator
+        ).images[0]
+    return pictures | references | {NO_CHANGE: query}
 
 
-APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
+def sdedit(pipe: DifferenceInversionPipeline) -> StableDiffusionImg2ImgPipeline:
+    """Stock diffusers' image to image with the same parts."""
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    stock = StableDiffusionImg2ImgPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def scored(encode: Encoder, seed: int, index: int, analogy: Analogy, pictures: dict) -> Answer:
+    verdicts = {name: judge(picture, analogy) for name, picture in pictures.items()}
+    known = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
+    directions = {name: directional_score(encode, *known, picture) for name, picture in pictures.items()}
+    return Answer(analogy, seed, index, pictures, verdicts, directions)
+
+
+# ----------------------------------------------------------------------------------------------------- reporting
+
+
+def wilson(rate: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a rate that was seen in `count` trials."""
+    middle = (rate + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * (rate * (1 - rate) / count + Z * Z / (4 * count * count)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rate_cell(outcomes: Iterable[bool]) -> str:
+    outcomes = list(outcomes)
+    rate = sum(outcomes) / len(outcomes)
+    return "{:.2f} ({:.2f} to {:.2f})".format(rate, *wilson(rate, len(outcomes)))
 
 
 def table(answers: list[Answer]) -> str:
-    """Rates and mean PSNR by kind of change, in Markdown."""
-    methods = list(answers[0].verdicts)
-    lines = ["| kind | n | " + " | ".join(f"{method}: success | kept | PSNR" for method in methods) + " |"]
-    lines.append("|---|---|" + "---|---|---|" * len(methods))
-    for kind in (*ATTRIBUTES, "all"):
+    """Rates and means by kind of change and method, in Markdown."""
+    lines = ["| kind | n | method | success | kept | PSNR | direction |", "|---|---|---|---|---|---|---|"]
+    for kind in ("all", *ATTRIBUTES):
         chosen = [a for a in answers if kind in ("all", a.analogy.kind)]
-        if not chosen:
-            continue
-        cells = []
-        for method in methods:
+        for method in chosen[0].verdicts if chosen else ():
             verdicts = [a.verdicts[method] for a in chosen]
-            mean = [sum(getattr(v, field) for v in verdicts) / len(verdicts) for field in ("success", "kept", "psnr")]
-            cells += [f"{mean[0]:.2f}", f"{mean[1]:.2f}", f"{mean[2]:.1f} dB"]
-        lines.append(f"| {kind} | {len(chosen)} | " + " | ".join(cells) + " |")
+            success, kept = rate_cell(v.success for v in verdicts), rate_cell(v.kept for v in verdicts)
+            psnr = statistics.mean(v.psnr for v in verdicts)
+            direction = statistics.mean(a.directions[method] for a in chosen)
+            cells = [kind, len(chosen), method, success, kept, f"{psnr:.1f} dB", f"{direction:.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def json_line(a: Answer) -> str:
-    verdicts = {method: dataclasses.asdict(verdict) for method, verdict in a.verdicts.items()}
-    return json.dumps(dataclasses.asdict(a.analogy) | verdicts) + "\n"
+    methods = {name: dataclasses.asdict(v) | {"direction": a.directions[name]} for name, v in a.verdicts.items()}
+    return json.dumps({"seed": a.seed, "index": a.index, **dataclasses.asdict(a.analogy), "methods": methods}) + "\n"
 
 
-def make_sheet(answers: list[Answer]):
-    """A, A', B, the answer, the oracle's and the target, an analogy to a row, two to a line."""
-    tiles = []
+def make_sheet(answers: list[Answer]) -> Image.Image:
+    """A, A', B, the answers, the oracle's and the target; an analogy to a row, or two where there is room."""
+    rows = []
     for a in answers:
         before, after, query, target = (render(getattr(a.analogy, x)) for x in ("before", "after", "query", "target"))
-        tiles += [before, after, query, a.pictures["difference"], a.pictures["oracle"], target]
-    return make_image_grid(tiles, rows=len(answers) // 2, cols=12)
+        answered = [picture for method, picture in a.pictures.items() if method != NO_CHANGE]
+        rows.append([before, after, query, *answered, target])
+    if len(rows[0]) == 6 and len(rows) % 2 == 0:
+        rows = [left + right for left, right in zip(rows[::2], rows[1::2], strict=True)]
+    return make_image_grid(sum(rows, []), rows=len(rows), cols=len(rows[0]))
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-kind", type=int, default=20, help="analogies of each of the six kinds")
-    parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an argument of the pipeline")
-    parser.add_argument("--output", type=Path, help="a JSON line for each analogy")
-    parser.add_argument("--sheet", type=Path, help="the first twelve analogies as one picture")
-    return parser.parse_args()
+# ---------------------------------------------------------------------------------------------------------- main
 
 
 def parse_setting(text: str) -> tuple[str, object]:
     name, _, value = text.partition("=")
+    if name not in inspect.signature(DifferenceInversionPipeline.__call__).parameters:
+        raise argparse.ArgumentTypeError(f"the pipeline has no argument {name!r}")
     try:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
 
 
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the analogies; several are run together")
+    parser.add_argument("--per-kind", type=int, default=20, help="analogies of each of the six kinds from each seed")
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument(
+        "--config",
+        action="append",
+        nargs="*",
+        type=parse_setting,
+        metavar="NAME=VALUE",
+        help="arguments of the pipeline; give it again for another configuration, bare for the defaults",
+    )
+    parser.add_argument("--sdedit", type=float, nargs="+", default=[], metavar="STRENGTH", help="SDEdit's, 0 to 1")
+    parser.add_argument("--output", type=Path, help="a JSON line for each analogy")
+    parser.add_argument("--sheet", type=Path, help="the first twelve analogies as one picture")
+    options = parser.parse_args()
+    options.configs = [dict(config) for config in options.config or [[]]]
+    return options
+
+
 def main() -> None:
-    options = parse_options()
-    settings = dict(parse_setting(text) for text in options.set)
-    pipe = load_pipeline(options.model)
-    rng = random.Random(f"benchmark {options.seed}")
-    analogies = [random_analogy(rng, kind) for _ in range(options.per_kind) for kind in ATTRIBUTES]
-    start = time.monotonic()
-    answers = []
-    with open(options.output or os.devnull, "w", buffering=1) as lines:
-        for seed, analogy in enumerate(tqdm(analogies)):
-            answers.append(answer(pipe, analogy, settings, seed))
+    options, state = parse_options(), PartialState(cpu=not torch.cuda.is_available())
+    pipe = load_pipeline(options.model, state.device)
+    encode = encoder_of(pipe.clip, pipe.clip_processor.image_processor)
+    analogies = draw_analogies(options.seed, options.per_kind)
+    output = options.output or os.devnull
+    if state.is_main_process:
+        open(output, "w").close()
+    state.wait_for_everyone()
+    start, answers = time.monotonic(), []
+    # Dealt out like cards, so that the first analogies are answered first, and every process gets every kind.
+    mine = analogies[state.process_index :: state.num_processes]
+    with open(output, "a", buffering=1) as lines:
+        for seed, index, analogy in tqdm(mine, disable=not state.is_main_process):
+            answers.append(scored(encode, seed, index, analogy, answer(pipe, analogy, index, options)))
             lines.write(json_line(answers[-1]))
     seconds = (time.monotonic() - start) / len(answers)
-    print(f"seed {options.seed}, settings {settings or 'default'}, {seconds:.1f} s an analogy\n\n{table(answers)}")
-    if options.sheet:
-        make_sheet(answers[:12]).save(options.sheet)
+    answers = sorted(gather_object(answers), key=lambda a: (options.seed.index(a.seed), a.index))
+    if state.is_main_process:
+        print(f"seeds {options.seed}; {seconds:.1f} s an analogy and process\n\n{table(answers)}")
+        if options.sheet:
+            make_sheet(answers[:12]).save(options.sheet)
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
