@@ -27,6 +27,7 @@ and Isolate the Difference with Token Consistency for Image Analogy Generation")
 """
 
 import datetime
+import difflib
 import hashlib
 import inspect
 import os
@@ -70,6 +71,8 @@ NUM_PROBE_SAMPLES = 8  # noises and time steps that tokens are judged on
 # its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
 # that they break, and learn what is in it instead of what changed.
 RANDOM_INIT_SCALE = 3.0
+# Words are nearly there, and steps that take random rows to their place in time lead them away from theirs.
+LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 1e-3
 
 # The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
 MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -544,10 +547,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             raise ValueError(f"`num_tokens` is {num_tokens}; the text encoder's window has room for 1 to {room}.")
         if num_samples_per_step < 1:
             raise ValueError(f"`num_samples_per_step` is {num_samples_per_step}; it must be at least 1.")
-        if learning_rate <= 0:
+        if learning_rate is not None and learning_rate <= 0:
             raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
-        if init not in ("zeros", "random"):
-            raise ValueError(f"`init` is {init!r}; it is 'random' or 'zeros' (the paper's).")
+        if init not in ("prompts", "random", "zeros"):
+            raise ValueError(f"`init` is {init!r}; it is 'prompts', 'random' or 'zeros' (the paper's).")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x "
@@ -854,11 +857,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         width: Optional[int] = None,
         num_tokens: int = 4,
         num_optimization_steps: int = 60,
-        learning_rate: float = 1e-2,
+        learning_rate: Optional[float] = None,
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
-        init: str = "random",
+        init: str = "prompts",
         num_samples_per_step: int = 2,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
@@ -878,13 +881,16 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             width: likewise.
             num_tokens: rows to learn, 1 to the text encoder's window less two.
             num_optimization_steps: optimizer steps, at least 1.
-            learning_rate: Adam's, at its highest; a cosine takes it to zero.
+            learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.001 for tokens that begin as
+                words, and 0.01 for others.
             alpha: 0 trusts the images' delta, 1 the captions' (equation 5).
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
                 the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).
-            init: `"random"`, three times as far out as the vocabulary's words, or `"zeros"` (the paper's, section 4.4),
-                which worked less well here.
+            init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, behind those that
+                only A's has, negated; rows without a word are random, as all are where the prompts do not differ.
+                `"random"`: three times as far out as the vocabulary's rows. `"zeros"`: the paper's, section 4.4, which
+                worked less well here.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
@@ -922,7 +928,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             delta = self._clip_delta(examples, befores, afters, alpha) if lambda_clip > 0 else None
             goal = _Goal(examples, delta, lambda_clip, lambda_tc)
             # 3. The tokens
-            tokens = self._initial_tokens(num_tokens, init, generator)
+            words = self._changed_words(examples, num_tokens if init == "prompts" else 0)
+            if learning_rate is None:
+                learning_rate = LEARNING_RATE_FROM_WORDS if len(words) else LEARNING_RATE
+            tokens = self._initial_tokens(num_tokens, init, words, generator)
             tokens, loss = self._optimize(
                 tokens,
                 goal,
@@ -977,13 +986,41 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
         return [_Example(*part) for part in parts]
 
-    def _initial_tokens(self, num_tokens: int, init: str, generator: Optional[torch.Generator]) -> torch.Tensor:
+    def _changed_words(self, examples: list[_Example], num_tokens: int) -> torch.Tensor:
+        """The text delta in the tokens' own space: A's own words, negated, and those of A', (up to num_tokens, dim).
+
+        A's prompt followed by +D, and that of A' followed by -D, then end in words that put them right. Of more words
+        than there is room for the last of each stay, because a phrase ends in its noun; of several pairs' words, those
+        that all pairs have.
+        """
+        sides = zip(*map(self._prompt_change, examples), strict=True)
+        gone, new = ([i for i in side[0] if all(i in other for other in side)] for side in sides)
+        num_gone = min(len(gone), max(num_tokens // 2, num_tokens - len(new)))
+        gone, new = gone[len(gone) - num_gone :], new[max(0, len(new) - num_tokens + num_gone) :]
+        table = self.text_encoder.get_input_embeddings().weight
+        return torch.cat([-table[gone], table[new]]).float()
+
+    def _prompt_change(self, example: _Example) -> tuple[list[int], list[int]]:
+        """Token ids that only the prompt of A has, and that only the prompt of A' has."""
+        prompts = [example.before_prompt, example.after_prompt]
+        before, after = self.tokenizer(prompts, add_special_tokens=False).input_ids
+        gone, new = [], []
+        for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
+            if kind != "equal":
+                gone += before[start:end]
+                new += after[new_start:new_end]
+        return gone, new
+
+    def _initial_tokens(
+        self, num_tokens: int, init: str, words: torch.Tensor, generator: Optional[torch.Generator]
+    ) -> torch.Tensor:
         """The tokens to start from, (num_tokens, dim), in float32 whatever the model's dtype."""
         table = self.text_encoder.get_input_embeddings().weight
-        shape, device = (num_tokens, table.shape[1]), self._execution_device
+        shape, device = (num_tokens - len(words), table.shape[1]), self._execution_device
         if init == "zeros":
             return torch.zeros(shape, device=device)
-        return randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * table.float().std()
+        others = randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * table.float().std()
+        return torch.cat([others, words.to(device)])
 
     def _optimize(
         self,
@@ -1207,11 +1244,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         width: Optional[int] = None,
         num_tokens: int = 4,
         num_optimization_steps: int = 60,
-        learning_rate: float = 1e-2,
+        learning_rate: Optional[float] = None,
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
-        init: str = "random",
+        init: str = "prompts",
         num_samples_per_step: int = 2,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
@@ -1252,11 +1289,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             alpha: 0 trusts the images' delta, 1 the captions'.
             lambda_clip: weight of the CLIP loss.
             lambda_tc: weight of the token consistency loss.
-            init: `"random"` or `"zeros"`.
+            init: `"prompts"`, `"random"` or `"zeros"`.
             num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
-                says, more exaggerates. By default 4 for a query image and 7.5 for text to image.
+                says, more exaggerates. By default 2.5 for a query image and 7.5 for text to image.
             inversion: how the query becomes the starting point. `"ddim"` retraces DDIM's own path, and keeps the
                 query best; `"sdedit"` adds noise; None starts from `latents` or from noise.
             strength: how far up the schedule the query is taken, above 0 to 1; less keeps more of it.
@@ -1330,7 +1367,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             difference = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
         if guidance_scale is None:
-            guidance_scale = 7.5 if image is None else 4.0
+            guidance_scale = 7.5 if image is None else 2.5
         self._guidance_scale = guidance_scale
         inversion = None if image is None else inversion
 

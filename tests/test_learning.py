@@ -170,6 +170,62 @@ def test_random_tokens_start_anywhere_by_the_seed(pipe, pair):
     assert (starts[0] - starts[1]).abs().max() > 0.05
 
 
+def first_tokens(pipe, pair, **options) -> torch.Tensor:
+    """The tokens after a step too small to be seen."""
+    diary = Diary()
+    learn(pipe, pair, steps=1, learning_rate=1e-6, callback_on_optimization_step=diary, **options)
+    return diary.values("tokens")[0]
+
+
+def words_of(pipe, words: str) -> torch.Tensor:
+    ids = pipe.tokenizer(words, add_special_tokens=False).input_ids
+    return pipe.text_encoder.get_input_embeddings().weight.detach()[ids]
+
+
+@pytest.mark.parametrize(
+    "num_tokens, after_prompt, gone, new",
+    [
+        (2, "a yellow cabin", "red", "yellow"),
+        (3, "a red cabin on snow", "", "on snow"),
+        (3, "a cabin", "red", ""),
+        (2, "a castle at night", "cabin", "night"),  # the last of each, where there are too many
+        (3, "a castle", "red cabin", "castle"),
+        (1, "a yellow cabin", "", "yellow"),
+    ],
+)
+def test_tokens_begin_as_the_words_that_the_prompts_differ_by(pipe, pair, num_tokens, after_prompt, gone, new):
+    prompts = pair | {"before_prompt": "a red cabin", "after_prompt": after_prompt}
+    rows = first_tokens(pipe, prompts, num_tokens=num_tokens, init="prompts")
+    words = torch.cat([-words_of(pipe, gone), words_of(pipe, new)])
+    assert rows.shape[0] == num_tokens
+    torch.testing.assert_close(rows[num_tokens - len(words) :], words, atol=1e-5, rtol=0)
+
+
+def test_tokens_begin_at_random_where_the_prompts_do_not_differ(pipe, pair):
+    alike = pair | {"before_prompt": "a cabin", "after_prompt": "a cabin"}
+    assert torch.equal(first_tokens(pipe, alike, init="prompts"), first_tokens(pipe, alike, init="random"))
+
+
+def test_several_pairs_begin_at_the_words_that_all_of_them_have(pipe, pair):
+    pairs = {name: [pair[name]] * 2 for name in ("before", "after")}
+    pairs |= {
+        "before_prompt": ["a red cabin", "a blue boat"],
+        "after_prompt": ["a red castle on snow", "a tent on snow"],
+    }
+    rows = first_tokens(pipe, pairs, num_tokens=2, init="prompts")
+    torch.testing.assert_close(rows, words_of(pipe, "on snow"), atol=1e-5, rtol=0)
+
+
+def test_words_are_learned_from_more_carefully_than_random_rows(pipe, pair):
+    """A default of 0.01 would take words out of their places, and one of 0.001 would leave random rows in theirs."""
+    alike = pair | {"before_prompt": "a cabin", "after_prompt": "a cabin"}
+    rates = [
+        pipe.invert_difference(**prompts, num_optimization_steps=1).metadata["learning_rate"]
+        for prompts in (pair, alike)
+    ]
+    assert rates == ["0.001", "0.01"]
+
+
 def test_the_same_seed_learns_the_same_tokens_and_another_seed_others(pipe, pair):
     first, again, other = (rows_of(learn(pipe, pair, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
