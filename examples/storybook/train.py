@@ -62,7 +62,7 @@ from transformers import (
     CLIPTokenizer,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene, render
+from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene, render, restatement
 
 
 HERE = Path(__file__).parent
@@ -89,10 +89,10 @@ class Recipe:
 
 
 RECIPES = {
-    "clip": Recipe(2000, 64, 1e-3),
+    "clip": Recipe(9000, 64, 1e-3),
     "vae": Recipe(6000, 8, 1e-3),
     "decoder": Recipe(2200, 8, 4e-4),
-    "unet": Recipe(15000, 32, 6e-4),
+    "unet": Recipe(21000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
 }
 
@@ -416,8 +416,14 @@ def contrastive_loss(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 
 def similar_scenes(values: np.ndarray, count: int, rng: random.Random) -> list[int]:
-    """Indices of scenes that agree in three attributes, and so can only be told apart by the others."""
-    anchor, shared = rng.randrange(len(values)), rng.sample(range(values.shape[1]), 3)
+    """Indices of scenes that agree in three to five attributes, and so can only be told apart by the others.
+
+    The subject is always among the others. It is the one attribute that is a shape and not a colour or a texture, and
+    an image tower that can tell most scenes apart without it does not learn to see it.
+    """
+    subject = list(ATTRIBUTES).index("subject")
+    others = [column for column in range(values.shape[1]) if column != subject]
+    anchor, shared = rng.randrange(len(values)), rng.sample(others, rng.choice((3, 4, 5)))
     candidates = np.flatnonzero((values[:, shared] == values[anchor, shared]).all(axis=1))
     return [int(rng.choice(candidates)) for _ in range(count)]
 
@@ -736,6 +742,44 @@ def clip_retrieval(clip: CLIPModel, processor: CLIPProcessor, pictures: list, sc
     return float(np.mean(right))
 
 
+def text_features(clip: CLIPModel, processor: CLIPProcessor, texts: list[str]) -> torch.Tensor:
+    """`[N, 128]`, of unit length."""
+    batch = processor(text=texts, padding=True, return_tensors="pt").to(clip.device)
+    return F.normalize(clip.text_projection(clip.text_model(**batch).pooler_output), dim=-1)
+
+
+@torch.no_grad()
+def clip_near_misses(clip: CLIPModel, processor: CLIPProcessor, pictures: list, scenes: list[Scene]) -> dict:
+    """By attribute, how often a picture is nearer to its own caption than to every one with another value of it."""
+    rates = {}
+    for name, values in ATTRIBUTES.items():
+        right = []
+        for picture, scene in zip(pictures, scenes, strict=True):
+            texts = [describe(dataclasses.replace(scene, **{name: value})) for value in values]
+            batch = processor(text=texts, images=picture, padding=True, return_tensors="pt").to(clip.device)
+            right.append(values[clip(**batch).logits_per_image.argmax()] == getattr(scene, name))
+        rates[name] = float(np.mean(right))
+    return rates
+
+
+@torch.no_grad()
+def clip_restated(clip: CLIPModel, processor: CLIPProcessor, scenes: list[Scene]) -> dict[str, float]:
+    """By attribute, how often a caption that its end revises is nearer to what it then says than to what it said first.
+
+    A difference is such an end, so this bounds what difference tokens can say to the text encoder.
+    """
+    rng, rates = random.Random("restated"), {}
+    for name, values in ATTRIBUTES.items():
+        new = [
+            dataclasses.replace(s, **{name: rng.choice([v for v in values if v != getattr(s, name)])}) for s in scenes
+        ]
+        revised = [f"{describe(s)}, {restatement(n, name, s, rng)}" for s, n in zip(scenes, new, strict=True)]
+        texts = [[describe(n) for n in new], [describe(s) for s in scenes], revised]
+        after, before, said = (text_features(clip, processor, lines) for lines in texts)
+        rates[name] = float(((said * after).sum(-1) > (said * before).sum(-1)).float().mean())
+    return rates
+
+
 def text_to_image(pipeline: StableDiffusionPipeline, texts: list[str], options) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     pictures = []
@@ -791,7 +835,10 @@ def stage_evaluate(options: argparse.Namespace) -> None:
         scores["vae_psnr"] = float(psnr(rebuilt, signed).mean())
         save_sheet(to_pil(rebuilt), options.work_dir / "reconstructions.png")
     if have("clip", "clip_processor") and len(scenes) >= 64:
-        scores["clip_retrieval_among_64"] = clip_retrieval(parts["clip"], parts["clip_processor"], pictures, scenes)
+        both = parts["clip"], parts["clip_processor"]
+        scores["clip_retrieval_among_64"] = clip_retrieval(*both, pictures, scenes)
+        scores["clip_near_misses"] = clip_near_misses(*both, pictures, scenes)
+        scores["clip_restated"] = clip_restated(*both, scenes)
     if have("captioner", "captioner_processor"):
         reader = functools.partial(describe_pictures, parts["captioner"], parts["captioner_processor"])
         scores["captioner_right"] = attributes_right(reader(pictures), scenes)

@@ -98,7 +98,7 @@ def _loose_caption(scene: Scene, rng: random.Random, always: tuple[str, ...] = (
     return f"{text}, {scene.style}" if text else scene.style
 
 
-def _restatement(scene: Scene, attribute: str, said: Scene, rng: random.Random) -> str:
+def restatement(scene: Scene, attribute: str, said: Scene, rng: random.Random) -> str:
     """The words that correct what `said` got wrong about one attribute."""
     if attribute == "subject":
         return rng.choice((f"a {scene.subject}", scene.subject, f"a {scene.color} {scene.subject}"))
@@ -114,14 +114,15 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
     A restated attribute is first named wrongly and put right at the end (`a red cabin on grass, a castle`): captions
     that people write are redundant and revise themselves, and a difference appended to a prompt is such a revision.
+    The subject is put right most often, because a noun at the end is the hardest to hear: it could be one thing more.
     """
     if rng.random() >= 0.4:
         return _loose_caption(scene, rng)
-    restated = rng.sample(list(ATTRIBUTES), rng.choice((1, 1, 1, 2)))
+    restated = ["subject"] if rng.random() < 0.4 else rng.sample(list(ATTRIBUTES), rng.choice((1, 1, 1, 2)))
     wrong = {a: rng.choice([v for v in ATTRIBUTES[a] if v != getattr(scene, a)]) for a in restated}
     said = dataclasses.replace(scene, **wrong)
     first = describe(said) if rng.random() < 0.6 else _loose_caption(said, rng, always=tuple(restated))
-    corrections = [_restatement(scene, attribute, said, rng) for attribute in restated]
+    corrections = [restatement(scene, attribute, said, rng) for attribute in restated]
     return rng.choice((", ", " ")).join([first, *corrections])
 
 
