@@ -32,6 +32,8 @@ PATHS, PROMPTS = ("before", "after", "image"), ("before_prompt", "after_prompt",
 
 def read_triplets(path: Path) -> list[dict]:
     """The lines of the file with whole paths; what is wrong with it is said before any model is loaded."""
+    if not path.is_file():
+        raise SystemExit(f"there is no file {path}; --triplets is a file of JSON lines")
     triplets = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
@@ -40,6 +42,8 @@ def read_triplets(path: Path) -> list[dict]:
             triplet = json.loads(line)
         except json.JSONDecodeError as error:
             raise SystemExit(f"{path}, line {number}, is no JSON: {error}") from error
+        if not isinstance(triplet, dict):
+            raise SystemExit(f"{path}, line {number}, is no JSON object: {line}")
         missing = [name for name in PATHS if name not in triplet]
         unknown = set(triplet) - {*PATHS, *PROMPTS, "answer"}
         if missing or unknown:

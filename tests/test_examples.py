@@ -162,6 +162,7 @@ def test_evaluate_answers_a_triplet_that_has_no_answer(tmp_path):
         ('{"before": "a.png", "after": "a.png"}', "missing ['image']"),
         ('{"before": "a.png", "after": "a.png", "image": "no.png"}', "there is no file"),
         ("before, after", "is no JSON"),
+        ("3", "is no JSON object"),
     ],
 )
 def test_evaluate_says_what_is_wrong_with_a_list_of_triplets(tmp_path, line, complaint):

@@ -13,9 +13,9 @@ Other settings, several at once on the same analogies, each `--config` one row o
     python examples/storybook/benchmark.py --seed 301 --config --config num_tokens=8 --config init=zeros guidance_scale=2
 
 `--output FILE.jsonl` keeps every verdict as it comes, and `--sheet FILE.png` shows the first twelve analogies: A, A', B,
-the answer of each configuration, the oracle's, and the target. `accelerate launch --multi_gpu` in place of `python`
-shares the analogies out among GPUs, and `torchrun --nproc_per_node 2`, with OMP_NUM_THREADS=1, between two CPU cores.
-Seeds from 300 on are for choosing settings, and those below for reporting them.
+the answer of each configuration, the oracle's, and the target. `torchrun --nproc_per_node 2` in place of `python`, with
+OMP_NUM_THREADS=1, shares the analogies out between two CPU cores. Seeds from 300 on are for choosing settings, and those
+below for reporting them.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def main() -> None:
         for seed, index, analogy in tqdm(mine, disable=not state.is_main_process):
             answers.append(scored(encode, seed, index, analogy, answer(pipe, analogy, index, options)))
             lines.write(json_line(answers[-1]))
-    seconds = (time.monotonic() - start) / len(answers)
+    seconds = (time.monotonic() - start) / max(1, len(answers))
     answers = sorted(gather_object(answers), key=lambda a: (options.seed.index(a.seed), a.index))
     if state.is_main_process:
         print(f"seeds {options.seed}; {seconds:.1f} s an analogy and process\n\n{table(answers)}")
