@@ -35,6 +35,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -161,7 +163,7 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor) -> to
 class DifferenceTokens:
     """A learned difference: rows of a text encoder's embedding space, and where they come from.
 
-    Arithmetic makes new differences: `0.5 * d` is half the change, `-d` is the change undone, `d + e` is both changes
+    Arithmetic makes new differences: `0.5 * d` is less of the change, `-d` the same rows negated (equation 8), `d + e` both changes
     (their rows one after the other).
 
     Attributes:
@@ -639,12 +641,17 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             raise ValueError(f"`output_type` is {output_type!r}; it is 'pil', 'np', 'pt' or 'latent'.")
         if source_prompt is not None and image is None:
             raise ValueError("`source_prompt` describes a query image, and `image` is missing.")
-        if inversion not in ("ddim", "sdedit", None):
-            raise ValueError(f"`inversion` is {inversion!r}; it is 'ddim', 'sdedit' or None.")
+        if inversion not in ("ddpm", "ddim", "sdedit", None):
+            raise ValueError(f"`inversion` is {inversion!r}; it is 'ddpm', 'ddim', 'sdedit' or None.")
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` is {strength}; it must be above 0 and at most 1.")
-        if not 0 <= eta <= 1:
+        if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"`eta` is {eta}; it goes from 0 (deterministic) to 1.")
+        if eta == 0 and inversion == "ddpm" and image is not None:
+            raise ValueError(
+                '`eta` is 0, and the query is held by the noises of `inversion="ddpm"`; give more, or '
+                '`inversion="ddim"`.'
+            )
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
         if isinstance(generator, list) and len(generator) != count * num_images_per_prompt:
@@ -887,9 +894,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
                 the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).
-            init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, behind those that
-                only A's has, negated; rows without a word are random, as all are where the prompts do not differ.
-                `"random"`: three times as far out as the vocabulary's rows. `"zeros"`: the paper's, section 4.4, which
+            init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, or, if it has only
+                lost some, as those, negated; rows without a word are random, as all are where the prompts do not
+                differ. `"random"`: three times as far out as the vocabulary's rows. `"zeros"`: the paper's, section 4.4, which
                 worked less well here.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
@@ -987,18 +994,18 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return [_Example(*part) for part in parts]
 
     def _changed_words(self, examples: list[_Example], num_tokens: int) -> torch.Tensor:
-        """The text delta in the tokens' own space: A's own words, negated, and those of A', (up to num_tokens, dim).
+        """What the captions say has changed, in the tokens' own space: the words of A' that A's prompt does not have, or,
+        where it only lost some, those negated; (up to num_tokens, dim).
 
-        A's prompt followed by +D, and that of A' followed by -D, then end in words that put them right. Of more words
-        than there is room for the last of each stay, because a phrase ends in its noun; of several pairs' words, those
-        that all pairs have.
+        Of more words than there is room for the last stay, because a phrase ends in its noun; of several pairs' words,
+        those that all pairs have. Both kinds at once would make a difference that runs backwards as well, and runs
+        forwards less well: a negated noun is often heard as a noun.
         """
         sides = zip(*map(self._prompt_change, examples), strict=True)
         gone, new = ([i for i in side[0] if all(i in other for other in side)] for side in sides)
-        num_gone = min(len(gone), max(num_tokens // 2, num_tokens - len(new)))
-        gone, new = gone[len(gone) - num_gone :], new[max(0, len(new) - num_tokens + num_gone) :]
         table = self.text_encoder.get_input_embeddings().weight
-        return torch.cat([-table[gone], table[new]]).float()
+        rows = table[new] if new else -table[gone]
+        return rows[max(0, len(rows) - num_tokens) :].float()
 
     def _prompt_change(self, example: _Example) -> tuple[list[int], list[int]]:
         """Token ids that only the prompt of A has, and that only the prompt of A' has."""
@@ -1148,9 +1155,33 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             latents = scheduler.step(prediction, t, latents).prev_sample
         return latents
 
+    def _ddpm_inversion(
+        self, latents, prompt_embeds, scheduler, timesteps, eta: float, generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noised latents (batch, ...) and the noises (steps, batch, ...) with which DDPM leads from them to `latents`.
+
+        "An Edit Friendly DDPM Noise Space" (Huberman-Spiegelglas et al., 2024): the query is noised independently for
+        every step, so that the noises between hold its layout, and hold it under another prompt as well.
+        """
+        latents, dtype = latents.float(), latents.dtype  # noises are small differences divided by small numbers
+
+        def noised(t: torch.Tensor) -> torch.Tensor:
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            return scheduler.add_noise(latents, noise, t[None])
+
+        noises, path = [], [*map(noised, timesteps), latents]
+        for t, (here, there) in zip(self.progress_bar(timesteps), pairwise(path), strict=True):
+            prediction = self.unet(here.to(dtype), t, encoder_hidden_states=prompt_embeds).sample.float()
+            step = partial(scheduler.step, prediction, t, here, eta=eta)
+            mean = step(variance_noise=torch.zeros_like(here)).prev_sample
+            deviation = step(variance_noise=torch.ones_like(here)).prev_sample - mean
+            noises.append(torch.where(deviation > 0, (there - mean) / deviation, 0))
+        return path[0].to(dtype), torch.stack(noises).to(dtype)
+
     def _denoise(
         self,
         latents,
+        noises,
         scheduler,
         timesteps,
         prompt_embeds,
@@ -1160,17 +1191,20 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
     ) -> torch.Tensor:
-        """Draws latents (batch, ...) guided from the negative prompts' prediction towards the prompts'."""
+        """Draws latents (batch, ...) guided from the negative prompts' prediction towards the prompts'.
+
+        With `noises` (steps, batch, ...) each step adds its own of them, and else what the scheduler draws.
+        """
         accepted = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     break
-                inputs = scheduler.scale_model_input(torch.cat([latents] * 2), t)
-                embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-                baseline, changed = self.unet(inputs, t, encoder_hidden_states=embeds).sample.chunk(2)
-                prediction = baseline + self.guidance_scale * (changed - baseline)
+                inputs = scheduler.scale_model_input(latents, t)
+                prediction = self._guided(inputs, t, prompt_embeds, negative_prompt_embeds)
+                if noises is not None:
+                    extra = {"eta": eta, "variance_noise": noises[i]}
                 latents = scheduler.step(prediction, t, latents, **extra).prev_sample
                 if callback_on_step_end is not None:
                     known = {
@@ -1185,6 +1219,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 progress_bar.update()
         return latents
 
+    def _guided(self, inputs, t, prompt_embeds, negative_prompt_embeds) -> torch.Tensor:
+        """The UNet's prediction (batch, ...), as far from the negative prompts' as guidance says."""
+        if self.guidance_scale == 1:  # at which nothing is left of the negative prompts' prediction
+            return self.unet(inputs, t, encoder_hidden_states=prompt_embeds).sample
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        baseline, changed = self.unet(torch.cat([inputs] * 2), t, encoder_hidden_states=embeds).sample.chunk(2)
+        return baseline + self.guidance_scale * (changed - baseline)
+
     def _start(
         self,
         images,
@@ -1193,12 +1235,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         inversion,
         num_inference_steps,
         strength,
+        eta,
         num_images_per_prompt,
         generator,
         latents,
         batch_size,
-    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
-        """Where denoising begins: latents, and the scheduler and time steps that lead down from there."""
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], Any, torch.Tensor]:
+        """Where denoising begins: latents, and the noises if they are fixed, the scheduler and the time steps that lead
+        down from there."""
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
         if inversion is None:
             scheduler = type(self.scheduler).from_config(self.scheduler.config)
@@ -1213,16 +1257,21 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                     shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
                 )
             latents = latents.to(self._execution_device, self.unet.dtype)
-            return latents * scheduler.init_noise_sigma, scheduler, timesteps
+            return latents * scheduler.init_noise_sigma, None, scheduler, timesteps
         num_steps = max(1, round(num_inference_steps * strength))
         timesteps = timesteps[-num_steps:]
         clean = self._encode_images(images, "image", size).to(self.unet.dtype)
         if inversion == "ddim":
             latents = self._ddim_inversion(clean, prompt_embeds, num_inference_steps, num_steps)
-            return latents.repeat_interleave(num_images_per_prompt, dim=0), scheduler, timesteps
-        clean = clean.repeat_interleave(num_images_per_prompt, dim=0)
+            return latents.repeat_interleave(num_images_per_prompt, dim=0), None, scheduler, timesteps
+        clean, prompt_embeds = (
+            each.repeat_interleave(num_images_per_prompt, dim=0) for each in (clean, prompt_embeds)
+        )
+        if inversion == "ddpm":
+            start = self._ddpm_inversion(clean, prompt_embeds, scheduler, timesteps, eta, generator)
+            return *start, scheduler, timesteps
         noise = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
-        return scheduler.add_noise(clean, noise, timesteps[:1]), scheduler, timesteps
+        return scheduler.add_noise(clean, noise, timesteps[:1]), None, scheduler, timesteps
 
     # ------------------------------------------------------------------------------------------------- the call
 
@@ -1252,9 +1301,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         num_samples_per_step: int = 2,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
-        inversion: Optional[str] = "ddim",
+        inversion: Optional[str] = "ddpm",
         strength: float = 0.9,
-        eta: float = 0.0,
+        eta: Optional[float] = None,
         num_images_per_prompt: int = 1,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         latents: Optional[torch.Tensor] = None,
@@ -1273,14 +1322,16 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             before: A; see [`invert_difference`], which takes this and the other arguments of learning.
             after: A'.
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
-            difference_scale: how much of the difference, or of each; negative runs it backwards.
+            difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that begin
+                as words of A' seldom know: swap `before` and `after` and learn that instead.
             prompt: describes the query, one for each image. Left out, the captioner writes it.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
             before_prompt: describes `before`.
             after_prompt: describes `after`.
             negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
-                the difference alone, or the empty prompt where there is no query image.
+                the difference alone, or the empty prompt where there is no query image. Without effect at a
+                `guidance_scale` of 1.
             height: of the answer, in pixels; the query's own by default, in whole latents.
             width: likewise.
             num_tokens: rows to learn.
@@ -1293,11 +1344,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
-                says, more exaggerates. By default 2.5 for a query image and 7.5 for text to image.
-            inversion: how the query becomes the starting point. `"ddim"` retraces DDIM's own path, and keeps the
-                query best; `"sdedit"` adds noise; None starts from `latents` or from noise.
+                says, at half the cost of any other value, and more exaggerates. By default 1 for a query image and 7.5 for
+                text to image.
+            inversion: how the query becomes the starting point. `"ddpm"` finds noises for each step that lead back to
+                it, and keeps its layout best while the rest changes; `"ddim"` retraces DDIM's own path, without chance;
+                `"sdedit"` adds noise; None starts from `latents` or from noise.
             strength: how far up the schedule the query is taken, above 0 to 1; less keeps more of it.
-            eta: noise that DDIM adds at each step, 0 to 1.
+            eta: how much of each step is noise, 0 (DDIM) to 1 (DDPM). By default 1 for `inversion="ddpm"`, which needs
+                some, and 0 otherwise.
             num_images_per_prompt: answers for each query; they differ where noise is drawn.
             generator: makes results repeatable; a list has one for each answer.
             latents: to start from with `inversion=None`, (batch, channels, height / factor, width / factor).
@@ -1367,9 +1421,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             difference = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
         if guidance_scale is None:
-            guidance_scale = 7.5 if image is None else 2.5
+            guidance_scale = 7.5 if image is None else 1.0
         self._guidance_scale = guidance_scale
+        if guidance_scale == 1 and negative_prompt is not None:
+            logger.warning("`negative_prompt` has no effect at a `guidance_scale` of 1; give more.")
         inversion = None if image is None else inversion
+        if eta is None:
+            eta = 1.0 if inversion == "ddpm" else 0.0
 
         # 2. Learn the difference, if it is not given
         applied = difference
@@ -1396,13 +1454,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         # 4. Where denoising begins
         size = self._common_size(images, "image", height, width)
         batch_size = len(prompts) * num_images_per_prompt
-        latents, scheduler, timesteps = self._start(
+        latents, noises, scheduler, timesteps = self._start(
             images,
             size,
             source_embeds,
             inversion,
             num_inference_steps,
             strength,
+            eta,
             num_images_per_prompt,
             generator,
             latents,
@@ -1413,6 +1472,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         # 5. Denoise along the difference
         latents = self._denoise(
             latents,
+            noises,
             scheduler,
             timesteps,
             prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),

@@ -95,7 +95,8 @@ def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "storybook" / "benchmark.py"), "--per-kind", "1"]
     quick = ["num_optimization_steps=2", "num_inference_steps=2"]
     command += ["--config", *quick, "--config", *quick, "guidance_scale=1.5", "--sdedit", "0.1"]
-    command += ["--output", str(tmp_path / "verdicts.jsonl"), "--sheet", str(tmp_path / "sheet.png")]
+    command += ["--output", str(tmp_path / "verdicts.jsonl")]
+    command += ["--sheet", str(tmp_path / "sheet.png"), "--failures", str(tmp_path / "failures.png")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
@@ -104,9 +105,20 @@ def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path):
         methods = line["methods"]
         assert len(methods) == 6  # two configurations, an oracle for each guidance scale, SDEdit, and no change
         assert not methods["no change"]["success"] and methods["no change"]["kept"]
-        assert methods["no change"]["direction"] == 0
+        assert methods["no change"]["direction"] == methods["no change"]["evaluations"] == 0
+        # Learning: 2 steps of 4 latents, and 4 sets of 16 to judge tokens by (none, the first, and each step's);
+        # applying: 2 steps of inversion and 2 of drawing, which guidance doubles.
+        assert methods["num_optimization_steps=2, num_inference_steps=2"]["evaluations"] == 8 + 64 + 4
+        assert methods["oracle, num_inference_steps=2, guidance_scale=1.5"]["evaluations"] == 6
+        assert line["far"] == all(
+            line["query"][name] != line["before"][name]
+            for name in ("subject", "ground", "sky")
+            if name != line["kind"]
+        )
     assert "| all | 6 | no change | 0.00 (0.00 to 0.39) | 1.00 (0.61 to 1.00) |" in run.stdout
     assert load_image(str(tmp_path / "sheet.png")).size == (9 * 128, 6 * 128)
+    wrong = sum(not line["methods"][next(iter(line["methods"]))]["success"] for line in lines)
+    assert load_image(str(tmp_path / "failures.png")).size == (9 * 128, wrong * 128)
 
 
 def test_benchmark_refuses_a_setting_that_the_pipeline_does_not_have():

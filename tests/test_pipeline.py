@@ -50,6 +50,7 @@ def apply(pipe, **options) -> torch.Tensor:
         "num_inference_steps": STEPS,
         "strength": 1.0,
         "output_type": "latent",
+        "generator": seeded(),
     }
     if options.get("image", True) is not None:
         defaults["guidance_scale"] = 1.5  # at which the tolerances below were measured, whatever the default is
@@ -104,11 +105,20 @@ def reconstruction(pipe, image, prompt: str, num_tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.0])
-def test_a_difference_of_zero_gives_the_query_back_as_its_inversion_does(either_pipe, guidance_scale):
-    pipe, expected = either_pipe, reconstruction(either_pipe, picture("blue"), "a blue cabin", num_tokens=2)
+def test_a_difference_of_zero_gives_the_query_back(either_pipe, guidance_scale):
+    pipe, expected = either_pipe, latents_of(either_pipe, picture("blue"))
     none = apply(pipe, difference_scale=0, guidance_scale=guidance_scale)
     torch.testing.assert_close(none, expected, atol=1e-4, rtol=1e-4)
     some = apply(pipe, difference_scale=1, guidance_scale=guidance_scale)
+    assert (some - expected).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.0])
+def test_a_difference_of_zero_gives_the_query_back_as_ddim_inversion_does(either_pipe, guidance_scale):
+    pipe, expected = either_pipe, reconstruction(either_pipe, picture("blue"), "a blue cabin", num_tokens=2)
+    none = apply(pipe, difference_scale=0, guidance_scale=guidance_scale, inversion="ddim")
+    torch.testing.assert_close(none, expected, atol=1e-4, rtol=1e-4)
+    some = apply(pipe, difference_scale=1, guidance_scale=guidance_scale, inversion="ddim")
     assert (some - expected).abs().mean() > 0.05
 
 
@@ -129,9 +139,17 @@ def test_a_negative_prompt_is_what_guidance_leads_away_from(pipe):
     torch.testing.assert_close(apply(pipe, guidance_scale=3.0), own)
     other = apply(pipe, guidance_scale=3.0, negative_prompt="a castle at night")
     assert (other - own).abs().max() > 0.01
-    torch.testing.assert_close(
-        apply(pipe, guidance_scale=1.0, negative_prompt="a castle at night"), apply(pipe, guidance_scale=1.0)
-    )
+    with logged() as lines:
+        without_effect = apply(pipe, guidance_scale=1.0, negative_prompt="a castle at night")
+    torch.testing.assert_close(without_effect, apply(pipe, guidance_scale=1.0))
+    assert any("`negative_prompt` has no effect" in line for line in lines)
+
+
+def test_a_guidance_of_one_is_the_limit_of_guidance_near_one_at_half_the_cost(pipe):
+    with forward_calls(pipe.unet) as calls:
+        exactly = apply(pipe, guidance_scale=1.0)
+    assert [len(call[1][0]) for call in calls] == [1] * 2 * STEPS  # STEPS of inversion, and as many of drawing
+    torch.testing.assert_close(apply(pipe, guidance_scale=1 + 1e-6), exactly, atol=1e-4, rtol=1e-4)
 
 
 def test_an_empty_negative_prompt_is_not_the_querys_own(pipe):
@@ -142,9 +160,7 @@ def test_an_empty_negative_prompt_is_not_the_querys_own(pipe):
 def test_a_query_is_redrawn_by_words_alone_without_a_difference(pipe):
     words = {"source_prompt": "a blue cabin", "difference": None, "guidance_scale": 3.0}
     unchanged = apply(pipe, prompt="a blue cabin", **words)
-    torch.testing.assert_close(
-        unchanged, reconstruction(pipe, picture("blue"), "a blue cabin", 0), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(unchanged, latents_of(pipe, picture("blue")), atol=1e-4, rtol=1e-4)
     assert (apply(pipe, prompt="a castle at night", **words) - unchanged).abs().mean() > 0.05
     out = pipe(image=picture("blue"), prompt="a castle", source_prompt="a cabin", num_inference_steps=1)
     assert out.difference is None
@@ -153,7 +169,7 @@ def test_a_query_is_redrawn_by_words_alone_without_a_difference(pipe):
 
 def test_the_source_prompt_is_what_the_query_is_inverted_by_and_led_away_from(pipe):
     expected = reconstruction(pipe, picture("blue"), "a blue cabin", num_tokens=2)
-    back = apply(pipe, prompt="a castle", source_prompt="a blue cabin", guidance_scale=0)
+    back = apply(pipe, prompt="a castle", source_prompt="a blue cabin", guidance_scale=0, inversion="ddim")
     torch.testing.assert_close(back, expected, atol=1e-4, rtol=1e-4)
     own = apply(pipe, prompt="a blue cabin", source_prompt="a blue cabin")
     torch.testing.assert_close(own, apply(pipe, prompt="a blue cabin"))
@@ -179,6 +195,7 @@ def test_several_differences_are_applied_together(pipe):
         strength=1.0,
         guidance_scale=1.5,
         output_type="latent",
+        generator=seeded(),
     )
     torch.testing.assert_close(out.images, apply(pipe, difference=one + -0.5 * two))
     torch.testing.assert_close(rows_of(out.difference), torch.cat([rows_of(one), -0.5 * rows_of(two)]))
@@ -211,16 +228,17 @@ def test_a_difference_of_another_base_of_the_same_size_is_applied_with_a_warning
 def test_learning_and_applying_in_one_call_is_learning_and_then_applying(pipe, pair):
     learning = {"num_tokens": 3, "num_optimization_steps": 3}
     query = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": STEPS, "output_type": "np"}
-    steps = []
+    steps, generator = [], seeded()
     at_once = pipe(
         **pair | learning | query,
         generator=seeded(),
         callback_on_optimization_step=lambda pipe, step, values: steps.append(step),
     )
-    difference = pipe.invert_difference(**pair | learning, generator=seeded())
+    difference = pipe.invert_difference(**pair | learning, generator=generator)
     assert steps == [0, 1, 2]
     assert torch.equal(rows_of(at_once.difference), rows_of(difference))
-    np.testing.assert_allclose(at_once.images, pipe(**query, difference=difference).images, atol=1e-5)
+    applied = pipe(**query, difference=difference, generator=generator)
+    np.testing.assert_allclose(at_once.images, applied.images, atol=1e-5)
 
 
 def test_interrupted_learning_still_gives_a_picture(pipe, pair):
@@ -311,6 +329,7 @@ def test_output_types_are_the_same_picture(pipe):
             difference=random_tokens(),
             num_inference_steps=2,
             output_type=output_type,
+            generator=seeded(),
         ).images
         for output_type in ("pil", "np", "pt", "latent")
     )
@@ -328,33 +347,40 @@ def test_output_types_are_the_same_picture(pipe):
 
 def test_return_dict_false_gives_images_and_difference(pipe):
     options = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": 2, "output_type": "np"}
-    out = pipe(**options, difference=random_tokens(), difference_scale=0.5)
-    images, difference = pipe(**options, difference=random_tokens(), difference_scale=0.5, return_dict=False)
+    options |= {"difference": random_tokens(), "difference_scale": 0.5}
+    out = pipe(**options, generator=seeded())
+    images, difference = pipe(**options, generator=seeded(), return_dict=False)
     assert np.array_equal(images, out.images)
     assert torch.equal(rows_of(difference), rows_of(out.difference))
     assert torch.equal(rows_of(difference), 0.5 * rows_of(random_tokens()))
 
 
-def test_the_same_generator_gives_the_same_picture_and_another_seed_another(pipe):
-    first, again, other = (apply(pipe, inversion="sdedit", generator=seeded(seed)) for seed in (0, 0, 1))
+@pytest.mark.parametrize("inversion", ["ddpm", "sdedit"])
+def test_the_same_generator_gives_the_same_picture_and_another_seed_another(pipe, inversion):
+    first, again, other = (apply(pipe, inversion=inversion, generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 0.1
 
 
 def test_ddim_inversion_draws_no_noise(pipe):
-    assert torch.equal(apply(pipe, generator=seeded(0)), apply(pipe, generator=seeded(1)))
+    first, other = (apply(pipe, inversion="ddim", generator=seeded(seed)) for seed in (0, 1))
+    assert torch.equal(first, other)
 
 
 def test_eta_adds_noise_from_the_generator(pipe):
-    first, again, other = (apply(pipe, eta=1.0, generator=seeded(seed)) for seed in (0, 0, 1))
+    options = {"inversion": "ddim", "eta": 1.0}
+    first, again, other = (apply(pipe, **options, generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert (first - other).abs().max() > 0.1
 
 
 def test_several_queries_are_answered_as_each_alone(pipe):
     queries, prompts = [picture("blue"), picture("white", "black")], ["a blue cabin", "a boat at night"]
-    together = apply(pipe, image=queries, prompt=prompts)
-    alone = [apply(pipe, image=query, prompt=prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    together = apply(pipe, image=queries, prompt=prompts, generator=[seeded(0), seeded(1)])
+    alone = [
+        apply(pipe, image=query, prompt=prompt, generator=seeded(seed))
+        for seed, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
+    ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
@@ -370,23 +396,25 @@ def test_queries_of_several_sizes_are_brought_to_the_first_ones(pipe):
     assert latents.shape == (2, 4, 4, 5)
 
 
-def test_num_images_per_prompt_draws_each_query_several_times(pipe):
-    options = {"image": [picture("blue"), picture("red")], "inversion": "sdedit", "num_images_per_prompt": 2}
+@pytest.mark.parametrize("inversion", ["ddpm", "sdedit"])
+def test_num_images_per_prompt_draws_each_query_several_times(pipe, inversion):
+    options = {"image": [picture("blue"), picture("red")], "inversion": inversion, "num_images_per_prompt": 2}
     latents = apply(pipe, **options, generator=seeded())
     assert latents.shape == (4, 4, 4, 4)
     assert (latents[0] - latents[1]).abs().max() > 0.1
     listed = apply(pipe, **options, generator=[seeded(seed) for seed in (1, 2, 3, 4)])
-    alone = apply(pipe, image=picture("red"), inversion="sdedit", generator=seeded(3))
+    alone = apply(pipe, image=picture("red"), inversion=inversion, generator=seeded(3))
     torch.testing.assert_close(listed[2:3], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_num_images_per_prompt_repeats_the_one_answer_where_no_noise_is_drawn(pipe):
-    latents = apply(pipe, image=[picture("blue"), picture("red")], num_images_per_prompt=2)
+    latents = apply(pipe, image=[picture("blue"), picture("red")], inversion="ddim", num_images_per_prompt=2)
     torch.testing.assert_close(latents[0], latents[1])
-    torch.testing.assert_close(latents[2:3], apply(pipe, image=picture("red")), atol=1e-4, rtol=1e-4)
+    alone = apply(pipe, image=picture("red"), inversion="ddim")
+    torch.testing.assert_close(latents[2:3], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("inversion", ["ddim", "sdedit"])
+@pytest.mark.parametrize("inversion", ["ddpm", "ddim", "sdedit"])
 def test_less_strength_keeps_more_of_the_query_and_takes_fewer_steps(pipe, inversion):
     query, distances = latents_of(pipe, picture("blue")), []
     for strength, steps in ((0.1, 1), (0.5, 5), (1.0, 10)):
@@ -749,6 +777,7 @@ BAD_APPLYING = {
     "an unknown output_type": ({"output_type": "jpeg"}, ValueError, "`output_type`.*jpeg.*pil"),
     "a source_prompt of no image": ({"image": None, "source_prompt": "a"}, ValueError, "`source_prompt`.*`image`"),
     "an unknown inversion": ({"inversion": "magic"}, ValueError, "`inversion`.*magic.*ddim"),
+    "no noise for ddpm": ({"eta": 0.0}, ValueError, '`eta` is 0.*`inversion="ddim"`'),
     "no strength": ({"strength": 0.0}, ValueError, "`strength`"),
     "too much strength": ({"strength": 1.5}, ValueError, "`strength`.*1.5"),
     "eta above 1": ({"eta": 2.0}, ValueError, "`eta`.*2"),

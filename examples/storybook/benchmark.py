@@ -5,22 +5,28 @@
 
 Each analogy is answered from its three pictures alone, with the captioner's prompts and default settings. Beside it
 stand an oracle, which is given the true caption of the answer on the query inverted likewise, and no change at all.
-Rates have their 95 % Wilson intervals behind them; `direction` is the paper's directional score, by Storybook's CLIP.
-`--sdedit 0.6 0.8` adds stock diffusers' image to image at these strengths, which is given the true caption as well.
+Rates have their 95 % Wilson intervals behind them; `direction` is the paper's directional score, by Storybook's CLIP;
+`UNet` is how many latents an answer sends through the UNet, of which those that tokens are learned on come back through
+it as well. The rows `far` are the analogies whose query shares neither subject, ground nor sky with the pair, but for the
+one that changes. `--paper` adds the paper's own configuration, and `--sdedit 0.6 0.8` stock diffusers' image to image at
+these strengths, which is given the true caption as the oracle is. With `--unsaid` the prompts are true captions that leave
+out what changes, so that tokens can learn it from the pictures alone.
 
 Other settings, several at once on the same analogies, each `--config` one row of the table and a bare one the defaults:
 
     python examples/storybook/benchmark.py --seed 301 --config --config num_tokens=8 --config init=zeros guidance_scale=2
 
 `--output FILE.jsonl` keeps every verdict as it comes, and `--sheet FILE.png` shows the first twelve analogies: A, A', B,
-the answer of each configuration, the oracle's, and the target. `torchrun --nproc_per_node 2` in place of `python`, with
-OMP_NUM_THREADS=1, shares the analogies out between two CPU cores. Seeds from 300 on are for choosing settings, and those
-below for reporting them.
+the answer of each configuration, the oracle's, and the target; `--failures FILE.png` the first twelve that went wrong.
+`torchrun --nproc_per_node 2` in place of `python`, with OMP_NUM_THREADS=1, shares the analogies out between two CPU
+cores. Seeds from 300 on are for choosing settings, and those below for reporting them.
 """
 
 import argparse
 import ast
 import dataclasses
+import difflib
+import functools
 import inspect
 import json
 import os
@@ -28,7 +34,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,6 +59,16 @@ from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E
 
 APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
 NO_CHANGE = "no change"
+# What the paper says: zeros, its weights, alpha, DDIM inversion. It does not say how many tokens, which here are as many
+# as ours, nor how many steps at which rate, nor how far up and with what guidance: these are what did best for it here.
+PAPER = {
+    "init": "zeros",
+    "lambda_clip": 0.01,
+    "num_optimization_steps": 120,
+    "inversion": "ddim",
+    "strength": 0.9,
+    "guidance_scale": 2.5,
+}
 SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
@@ -64,6 +81,7 @@ class Answer:
     seed: int
     index: int
     pictures: dict[str, Image.Image]
+    evaluations: dict[str, int]  # latents sent through the UNet
     verdicts: dict[str, Verdict]
     directions: dict[str, float]  # directional scores, by Storybook's CLIP
 
@@ -88,6 +106,8 @@ def draw_analogies(seeds: list[int], per_kind: int) -> list[tuple[int, int, Anal
 
 
 def name_of(config: dict) -> str:
+    if config == PAPER:
+        return "paper"
     return ", ".join(f"{name}={value}" for name, value in config.items()) or "default"
 
 
@@ -101,24 +121,40 @@ def oracle_name(config: dict, configs: list[dict]) -> str:
     return "oracle" if alike else f"oracle, {name_of(applying(config))}"
 
 
-def answer(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, options: argparse.Namespace) -> dict:
-    """Every method's picture for one analogy, by name."""
+Method = Callable[[], Image.Image]
+
+
+def methods(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, options) -> dict[str, Method]:
+    """What draws each method's picture for one analogy, by name."""
     before, after, query = (render(scene) for scene in (analogy.before, analogy.after, analogy.query))
-    truth, pictures, references = describe(analogy.target), {}, {}
+    truth, ours, references = describe(analogy.target), {}, {}
+
+    def ask(asked: Callable, **arguments) -> Image.Image:
+        return asked(**arguments, generator=torch.Generator().manual_seed(index)).images[0]
+
     for config in options.configs:
-        generator = torch.Generator().manual_seed(index)
-        out = pipe(image=query, before=before, after=after, generator=generator, **config)
-        pictures[name_of(config)] = out.images[0]
-        name = oracle_name(config, options.configs)
-        if name not in references:
-            words = {"source_prompt": pipe.caption([query]), "prompt": truth}
-            references[name] = pipe(image=query, **words, **applying(config)).images[0]
+        pair = {"image": query, "before": before, "after": after}
+        pair |= unsaid_prompts(analogy) if options.unsaid else {}
+        ours[name_of(config)] = functools.partial(ask, pipe, **pair | config)
+        words = {"image": query, "source_prompt": pipe.caption([query]), "prompt": truth}
+        references[oracle_name(config, options.configs)] = functools.partial(ask, pipe, **words, **applying(config))
     for strength in options.sdedit:
-        generator = torch.Generator().manual_seed(index)
-        references[f"SDEdit, {strength:g}"] = sdedit(pipe)(
-            truth, query, strength, guidance_scale=SDEDIT_GUIDANCE_SCALE, generator=generator
-        ).images[0]
-    return pictures | references | {NO_CHANGE: query}
+        asked = {"prompt": truth, "image": query, "strength": strength, "guidance_scale": SDEDIT_GUIDANCE_SCALE}
+        references[f"SDEdit, {strength:g}"] = functools.partial(ask, sdedit(pipe), **asked)
+    return ours | references | {NO_CHANGE: lambda: query}
+
+
+def unsaid_prompts(analogy: Analogy) -> dict[str, str]:
+    """What the captions before and after the change have in common, of the pair and of the query."""
+    pair, query = ((analogy.before, analogy.after), (analogy.query, analogy.target))
+    common = common_words(*map(describe, pair))
+    return {"before_prompt": common, "after_prompt": common, "prompt": common_words(*map(describe, query))}
+
+
+def common_words(before: str, after: str) -> str:
+    before, after = before.split(), after.split()
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+    return " ".join(word for block in blocks for word in before[block.a : block.a + block.size])
 
 
 def sdedit(pipe: DifferenceInversionPipeline) -> StableDiffusionImg2ImgPipeline:
@@ -131,11 +167,34 @@ def sdedit(pipe: DifferenceInversionPipeline) -> StableDiffusionImg2ImgPipeline:
     return stock
 
 
-def scored(encode: Encoder, seed: int, index: int, analogy: Analogy, pictures: dict) -> Answer:
-    verdicts = {name: judge(picture, analogy) for name, picture in pictures.items()}
+@contextmanager
+def counted(unet: torch.nn.Module) -> Iterator[list[int]]:
+    """While open, the batch size of each call of the UNet joins the list."""
+    counts = []
+    hook = unet.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0])))
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+def answer(pipe, encode: Encoder, seed: int, index: int, analogy: Analogy, options) -> Answer:
+    """Every method's picture for one analogy, and their scores."""
     known = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
-    directions = {name: directional_score(encode, *known, picture) for name, picture in pictures.items()}
-    return Answer(analogy, seed, index, pictures, verdicts, directions)
+    result = Answer(analogy, seed, index, {}, {}, {}, {})
+    for name, make in methods(pipe, analogy, index, options).items():
+        with counted(pipe.unet) as counts:
+            picture = make()
+        result.pictures[name], result.evaluations[name] = picture, sum(counts)
+        result.verdicts[name] = judge(picture, analogy)
+        result.directions[name] = directional_score(encode, *known, picture)
+    return result
+
+
+def is_far(analogy: Analogy) -> bool:
+    """Whether the query shares neither subject, ground nor sky with the pair, but for the one that changes."""
+    others = {"subject", "ground", "sky"} - {analogy.kind}
+    return all(getattr(analogy.query, name) != getattr(analogy.before, name) for name in others)
 
 
 # ----------------------------------------------------------------------------------------------------- reporting
@@ -156,22 +215,28 @@ def rate_cell(outcomes: Iterable[bool]) -> str:
 
 def table(answers: list[Answer]) -> str:
     """Rates and means by kind of change and method, in Markdown."""
-    lines = ["| kind | n | method | success | kept | PSNR | direction |", "|---|---|---|---|---|---|---|"]
-    for kind in ("all", *ATTRIBUTES):
-        chosen = [a for a in answers if kind in ("all", a.analogy.kind)]
+    lines = ["| kind | n | method | success | kept | PSNR | direction | UNet |", "|---|---|---|---|---|---|---|---|"]
+    for kind in ("all", "far", *ATTRIBUTES):
+        chosen = [a for a in answers if kind in ("all", a.analogy.kind) or kind == "far" and is_far(a.analogy)]
         for method in chosen[0].verdicts if chosen else ():
             verdicts = [a.verdicts[method] for a in chosen]
             success, kept = rate_cell(v.success for v in verdicts), rate_cell(v.kept for v in verdicts)
             psnr = statistics.mean(v.psnr for v in verdicts)
             direction = statistics.mean(a.directions[method] for a in chosen)
-            cells = [kind, len(chosen), method, success, kept, f"{psnr:.1f} dB", f"{direction:.2f}"]
+            evaluations = statistics.mean(a.evaluations[method] for a in chosen)
+            cells = [kind, len(chosen), method, success, kept]
+            cells += [f"{psnr:.1f} dB", f"{direction:.2f}", f"{evaluations:.0f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def json_line(a: Answer) -> str:
-    methods = {name: dataclasses.asdict(v) | {"direction": a.directions[name]} for name, v in a.verdicts.items()}
-    return json.dumps({"seed": a.seed, "index": a.index, **dataclasses.asdict(a.analogy), "methods": methods}) + "\n"
+    scores = {
+        name: {**dataclasses.asdict(verdict), "direction": a.directions[name], "evaluations": a.evaluations[name]}
+        for name, verdict in a.verdicts.items()
+    }
+    place = {"seed": a.seed, "index": a.index, "far": is_far(a.analogy)}
+    return json.dumps({**place, **dataclasses.asdict(a.analogy), "methods": scores}) + "\n"
 
 
 def make_sheet(answers: list[Answer]) -> Image.Image:
@@ -212,11 +277,16 @@ def parse_options() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="arguments of the pipeline; give it again for another configuration, bare for the defaults",
     )
+    parser.add_argument("--paper", action="store_true", help="adds the paper's own configuration")
+    parser.add_argument("--unsaid", action="store_true", help="gives prompts that leave out what changes")
     parser.add_argument("--sdedit", type=float, nargs="+", default=[], metavar="STRENGTH", help="SDEdit's, 0 to 1")
     parser.add_argument("--output", type=Path, help="a JSON line for each analogy")
     parser.add_argument("--sheet", type=Path, help="the first twelve analogies as one picture")
+    parser.add_argument(
+        "--failures", type=Path, help="the first twelve where the first configuration failed, likewise"
+    )
     options = parser.parse_args()
-    options.configs = [dict(config) for config in options.config or [[]]]
+    options.configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
     return options
 
 
@@ -234,14 +304,18 @@ def main() -> None:
     mine = analogies[state.process_index :: state.num_processes]
     with open(output, "a", buffering=1) as lines:
         for seed, index, analogy in tqdm(mine, disable=not state.is_main_process):
-            answers.append(scored(encode, seed, index, analogy, answer(pipe, analogy, index, options)))
+            answers.append(answer(pipe, encode, seed, index, analogy, options))
             lines.write(json_line(answers[-1]))
     seconds = (time.monotonic() - start) / max(1, len(answers))
     answers = sorted(gather_object(answers), key=lambda a: (options.seed.index(a.seed), a.index))
     if state.is_main_process:
-        print(f"seeds {options.seed}; {seconds:.1f} s an analogy and process\n\n{table(answers)}")
+        prompts = "prompts that leave out what changes" if options.unsaid else "the captioner's prompts"
+        print(f"seeds {options.seed}; {prompts}; {seconds:.1f} s an analogy and process\n\n{table(answers)}")
         if options.sheet:
             make_sheet(answers[:12]).save(options.sheet)
+        failed = [a for a in answers if not a.verdicts[name_of(options.configs[0])].success]
+        if options.failures and failed:
+            make_sheet(failed[:12]).save(options.failures)
     state.destroy_process_group()
 
 
