@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -219,6 +220,14 @@ def forward_calls(*modules: torch.nn.Module):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@pytest.fixture(autouse=True)
+def hear_ctrl_c():
+    """Shells start background jobs deaf to it, and tests press it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
