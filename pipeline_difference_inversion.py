@@ -163,8 +163,8 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor) -> to
 class DifferenceTokens:
     """A learned difference: rows of a text encoder's embedding space, and where they come from.
 
-    Arithmetic makes new differences: `0.5 * d` is less of the change, `-d` the same rows negated (equation 8), `d + e` both changes
-    (their rows one after the other).
+    Arithmetic makes new differences: `0.5 * d` is less of the change, `-d` the same rows negated (equation 8), `d + e`
+    both changes (their rows one after the other).
 
     Attributes:
         embeddings: one tensor (num_tokens, dim) a text encoder, by name; `<difference>` where there is one encoder.
@@ -896,8 +896,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_tc: weight of the token consistency loss (equation 10).
             init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, or, if it has only
                 lost some, as those, negated; rows without a word are random, as all are where the prompts do not
-                differ. `"random"`: three times as far out as the vocabulary's rows. `"zeros"`: the paper's, section 4.4, which
-                worked less well here.
+                differ. `"random"`: three times as far out as the vocabulary's rows. `"zeros"`: the paper's, section
+                4.4, which worked less well here.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
@@ -994,9 +994,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return [_Example(*part) for part in parts]
 
     def _changed_words(self, examples: list[_Example], num_tokens: int) -> torch.Tensor:
-        """What the captions say has changed, in the tokens' own space: the words of A' that A's prompt does not have, or,
-        where it only lost some, those negated; (up to num_tokens, dim).
+        """What the captions say has changed, in the tokens' own space, (up to num_tokens, dim).
 
+        That is the words of A' that A's prompt does not have, or, where there are none, those that it lost, negated.
         Of more words than there is room for the last stay, because a phrase ends in its noun; of several pairs' words,
         those that all pairs have. Both kinds at once would make a difference that runs backwards as well, and runs
         forwards less well: a negated noun is often heard as a noun.
@@ -1322,8 +1322,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             before: A; see [`invert_difference`], which takes this and the other arguments of learning.
             after: A'.
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
-            difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that begin
-                as words of A' seldom know: swap `before` and `after` and learn that instead.
+            difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that
+                begin as words of A' seldom know: swap `before` and `after` and learn that instead.
             prompt: describes the query, one for each image. Left out, the captioner writes it.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
@@ -1344,8 +1344,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
-                says, at half the cost of any other value, and more exaggerates. By default 1 for a query image and 7.5 for
-                text to image.
+                says, and drawn with half the UNet's work; more exaggerates. By default 1 for a query image and 7.5
+                for text to image.
             inversion: how the query becomes the starting point. `"ddpm"` finds noises for each step that lead back to
                 it, and keeps its layout best while the rest changes; `"ddim"` retraces DDIM's own path, without chance;
                 `"sdedit"` adds noise; None starts from `latents` or from noise.

@@ -59,11 +59,14 @@ from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E
 
 APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
 NO_CHANGE = "no change"
-# What the paper says: zeros, its weights, alpha, DDIM inversion. It does not say how many tokens, which here are as many
-# as ours, nor how many steps at which rate, nor how far up and with what guidance: these are what did best for it here.
+# The paper says zeros, alpha and the two weights, but not which is which. The rest it leaves open: tokens, steps, strength
+# and guidance are what this project used with DDIM inversion, and were not searched for this configuration.
 PAPER = {
     "init": "zeros",
+    "alpha": 0.8,
     "lambda_clip": 0.01,
+    "lambda_tc": 6.0,
+    "num_tokens": 4,
     "num_optimization_steps": 120,
     "inversion": "ddim",
     "strength": 0.9,
