@@ -89,6 +89,35 @@ def test_repr_does_without_prompts():
 # ------------------------------------------------------------------------------------------------------ saving
 
 
+def test_nearest_words_names_what_tokens_are_words_for(pipe):
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    ids = pipe.tokenizer("castle snow", add_special_tokens=False).input_ids
+    castle, snow = table[ids]
+    tokens = DifferenceTokens({"<difference>": torch.stack([castle, 3 * snow, castle + snow])})
+    words = tokens.nearest_words(pipe.tokenizer, pipe.text_encoder, count=2)
+    assert [len(found) for found in words] == [2, 2, 2]
+    assert words[0][0] == ("castle", pytest.approx(1, abs=1e-5)) and words[1][0] == (
+        "snow",
+        pytest.approx(1, abs=1e-5),
+    )
+    assert {word for word, _ in words[2]} == {"castle", "snow"}
+    assert all(first[1] >= second[1] for first, second in words)
+
+
+def test_nearest_words_never_names_a_special_token(pipe):
+    start = pipe.text_encoder.get_input_embeddings().weight.detach()[[pipe.tokenizer.bos_token_id]]
+    (words,) = DifferenceTokens({"<difference>": start}).nearest_words(pipe.tokenizer, pipe.text_encoder, count=10**6)
+    assert len(words) == len(pipe.tokenizer) - len(set(pipe.tokenizer.all_special_ids))
+    assert not {word for word, _ in words} & set(pipe.tokenizer.all_special_tokens)
+
+
+@pytest.mark.parametrize("width, count, complaint", [(8, 1, "`text_encoder`.*of size 16"), (WIDTH, 0, "`count` is 0")])
+def test_nearest_words_says_what_does_not_fit(pipe, width, count, complaint):
+    tokens = DifferenceTokens({"<difference>": torch.ones(2, width)})
+    with pytest.raises(ValueError, match=complaint):
+        tokens.nearest_words(pipe.tokenizer, pipe.text_encoder, count)
+
+
 def test_a_saved_difference_loads_as_it_was(tokens, tmp_path):
     path = tokens.save(tmp_path / "cabin_to_castle.safetensors")
     loaded = DifferenceTokens.load(path)

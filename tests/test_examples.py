@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from train import clip_near_misses, clip_restated, decode, draw, encode, to_pil, to_signed
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-from world import ATTRIBUTES, describe, random_scene, render
+from world import ATTRIBUTES, Scene, describe, random_scene, render
 
 from pipeline_difference_inversion import DifferenceInversionPipeline
 
@@ -106,9 +106,9 @@ def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path):
         assert len(methods) == 6  # two configurations, an oracle for each guidance scale, SDEdit, and no change
         assert not methods["no change"]["success"] and methods["no change"]["kept"]
         assert methods["no change"]["direction"] == methods["no change"]["evaluations"] == 0
-        # Learning: 2 steps of 4 latents, and 4 sets of 16 to judge tokens by (none, the first, and each step's);
-        # applying: 2 steps of inversion and 2 of drawing, which guidance doubles.
-        assert methods["num_optimization_steps=2, num_inference_steps=2"]["evaluations"] == 8 + 64 + 4
+        # Learning: 2 steps of 2 latents, and 3 sets of 8 to judge tokens by (the first, and each step's); applying: 2
+        # steps of inversion and 2 of drawing, which guidance doubles.
+        assert methods["num_optimization_steps=2, num_inference_steps=2"]["evaluations"] == 4 + 24 + 4
         assert methods["oracle, num_inference_steps=2, guidance_scale=1.5"]["evaluations"] == 6
         assert line["far"] == all(
             line["query"][name] != line["before"][name]
@@ -183,6 +183,33 @@ def test_evaluate_says_what_is_wrong_with_a_list_of_triplets(tmp_path, line, com
     command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--triplets", str(tmp_path / "triplets.jsonl")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "line 1" in run.stderr and complaint in run.stderr
+
+
+@pytest.mark.parametrize(
+    "kind, value", [("ground", "snow"), ("sky", "night"), ("color", "yellow"), ("subject", "boat")]
+)
+def test_tokens_that_no_prompt_explains_begin_at_the_word_for_what_changed(storybook, kind, value):
+    scene = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
+    pair = {"before": render(scene), "after": render(dataclasses.replace(scene, **{kind: value}))}
+    settings = {"init": "clip", "num_tokens": 1, "num_optimization_steps": 1, "learning_rate": 1e-9}
+    difference = storybook.invert_difference(**pair, before_prompt="", after_prompt="", **settings)
+    (row,) = difference.embeddings["<difference>"]
+    table = storybook.text_encoder.get_input_embeddings().weight
+    assert storybook.tokenizer.decode(torch.cdist(row[None], table).argmin()).strip() == value
+
+
+def test_words_are_kept_although_their_way_back_is_worse_than_that_of_no_tokens(storybook):
+    """A word of A' that is negated draws A worse than zeros do, and zeros change nothing."""
+    before = Scene("cabin", "yellow", "snow", "night", "rainbow", "painting", 0.38, 0.47, 0.65)
+    after = dataclasses.replace(before, ground="desert")
+    pair = {"before": render(before), "after": render(after)}
+    pair |= {"before_prompt": describe(before), "after_prompt": describe(after)}
+    generator = torch.Generator().manual_seed(0)
+    difference = storybook.invert_difference(
+        **pair, lambda_before=1.0, num_optimization_steps=1, learning_rate=1e-9, generator=generator
+    )
+    words = difference.nearest_words(storybook.tokenizer, storybook.text_encoder, count=1)
+    assert words[-1][0] == ("desert", pytest.approx(1, abs=1e-3))
 
 
 def test_learned_differences_change_other_pictures(storybook):

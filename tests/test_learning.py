@@ -34,7 +34,8 @@ class Diary:
 
 def learn(pipe, pair, steps: int = 4, seed: int = 0, **options):
     """Learns with settings that the numbers below were measured with, whatever the defaults are."""
-    settings = {"init": "zeros", "learning_rate": 0.02, "lambda_clip": 0.01, "num_samples_per_step": 4} | options
+    settings = {"init": "zeros", "learning_rate": 0.02, "lambda_clip": 0.01, "lambda_before": 1.0} | options
+    settings = {"num_samples_per_step": 4} | settings
     return pipe.invert_difference(**pair, num_optimization_steps=steps, generator=seeded(seed), **settings)
 
 
@@ -102,6 +103,19 @@ def test_prompts_are_crossed_and_the_difference_is_turned_round_for_the_image_be
     if step == 1:
         turned = by_hand(pair["before_prompt"], -rows, pair["after_prompt"], rows)
         assert reported != pytest.approx(turned, rel=5e-4)
+
+
+def test_without_a_weight_the_way_back_is_neither_drawn_nor_counted(pipe, pair):
+    diary = Diary()
+    with forward_calls(pipe.unet) as calls:
+        learn(pipe, pair, steps=1, lambda_before=0.0, callback_on_optimization_step=diary)
+    _, (noisy, timesteps), _, _, _ = next(call for call in calls if call[4])
+    signal, spread = signal_and_noise(pipe, timesteps)
+    assert len(noisy) == 4
+    noise = (noisy.detach() - signal * latents_of(pipe, pair["after"])) / spread
+    rows = torch.zeros_like(diary.values("tokens")[0])
+    by_hand = float(error_by_hand(pipe, pair["after"], pair["before_prompt"], rows, noise, timesteps))
+    assert diary.values("token_consistency_loss")[0] == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_the_callback_sees_steps_losses_and_tokens(pipe, pair):
@@ -201,9 +215,27 @@ def test_tokens_begin_as_the_words_that_the_prompts_differ_by(pipe, pair, num_to
     torch.testing.assert_close(rows[num_tokens - len(words) :], words, atol=1e-5, rtol=0)
 
 
-def test_tokens_begin_at_random_where_the_prompts_do_not_differ(pipe, pair):
-    alike = pair | {"before_prompt": "a cabin", "after_prompt": "a cabin"}
-    assert torch.equal(first_tokens(pipe, alike, init="prompts"), first_tokens(pipe, alike, init="random"))
+def alike(pair: dict) -> dict:
+    return pair | {"before_prompt": "a cabin", "after_prompt": "a cabin"}
+
+
+def test_where_the_prompts_do_not_differ_tokens_begin_at_a_word_that_clip_and_the_unet_choose(pipe, pair):
+    vocabulary = [
+        index for token, index in pipe.tokenizer.get_vocab().items() if token[:-4].isalpha() and len(token) > 6
+    ]
+    rows = first_tokens(pipe, alike(pair), num_tokens=3, init="prompts")
+    again = first_tokens(pipe, pair | {"before_prompt": "a cabin"}, num_tokens=3, init="clip")
+    torch.testing.assert_close(rows, again, atol=1e-5, rtol=0)
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    distances = torch.cdist(rows, table[vocabulary]).min(dim=1).values
+    assert distances[2] < 1e-4 and (distances[:2] > 0.01).all()
+
+
+@pytest.mark.parametrize("silence", [{"lambda_clip": 0}, {"after": picture("red")}])
+def test_tokens_begin_at_random_where_neither_prompts_nor_clip_see_a_change(pipe, pair, silence):
+    options = alike(pair) | {"lambda_clip": 0.01} | silence
+    first, random = (first_tokens(pipe, {}, init=init, **options) for init in ("prompts", "random"))
+    assert torch.equal(first, random)
 
 
 def test_several_pairs_begin_at_the_words_that_all_of_them_have(pipe, pair):
@@ -218,12 +250,11 @@ def test_several_pairs_begin_at_the_words_that_all_of_them_have(pipe, pair):
 
 def test_words_are_learned_from_more_carefully_than_random_rows(pipe, pair):
     """A default of 0.01 would take words out of their places, and one of 0.001 would leave random rows in theirs."""
-    alike = pair | {"before_prompt": "a cabin", "after_prompt": "a cabin"}
     rates = [
-        pipe.invert_difference(**prompts, num_optimization_steps=1).metadata["learning_rate"]
-        for prompts in (pair, alike)
+        pipe.invert_difference(**pair, init=init, num_optimization_steps=1).metadata["learning_rate"]
+        for init in ("prompts", "clip", "random")
     ]
-    assert rates == ["0.001", "0.01"]
+    assert rates == ["0.001", "0.001", "0.01"]
 
 
 def test_the_same_seed_learns_the_same_tokens_and_another_seed_others(pipe, pair):
@@ -250,7 +281,16 @@ def test_the_difference_says_how_it_was_learned(pipe, pair):
     }
     assert expected.items() <= metadata.items()
     assert float(metadata["loss"]) > 0
-    for name in ("base_model", "lambda_clip", "lambda_tc", "embedding_fingerprint", "torch", "diffusers", "created"):
+    for name in (
+        "base_model",
+        "lambda_clip",
+        "lambda_tc",
+        "lambda_before",
+        "embedding_fingerprint",
+        "torch",
+        "diffusers",
+        "created",
+    ):
         assert name in metadata
     assert all(isinstance(value, str) for value in metadata.values())
 

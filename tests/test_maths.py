@@ -91,14 +91,16 @@ def test_clip_loss_leads_towards_the_delta():
     assert clip_loss(embedding - 0.1 * embedding.grad, delta) < clip_loss(embedding, delta)
 
 
-def test_token_consistency_loss_is_the_sum_of_the_two_mean_squared_errors():
-    prediction, target = torch.randn(2, 6, 4, 3, 3, generator=seeded())
-    prediction[3:] *= 5  # the two directions are not alike
-    after = sum((prediction[i] - target[i]).pow(2).sum() for i in range(3)) / (3 * 4 * 3 * 3)
-    before = sum((prediction[i] - target[i]).pow(2).sum() for i in range(3, 6)) / (3 * 4 * 3 * 3)
-    torch.testing.assert_close(token_consistency_loss(prediction, target), after + before)
+@pytest.mark.parametrize("lambda_before", [0.0, 0.5, 1.0])
+def test_token_consistency_loss_is_the_weighted_sum_of_the_two_mean_squared_errors(lambda_before):
+    prediction, target = torch.randn(2, 2, 3, 4, 5, 5, generator=seeded())
+    prediction[1] *= 5  # the two directions are not alike
+    after, before = ((prediction[side] - target[side]).pow(2).sum() / (3 * 4 * 5 * 5) for side in (0, 1))
+    loss = token_consistency_loss(prediction, target, lambda_before)
+    torch.testing.assert_close(loss, after + lambda_before * before)
+    torch.testing.assert_close(token_consistency_loss(prediction[:1], target[:1], lambda_before), after)
 
 
 def test_token_consistency_loss_does_not_overflow_in_half_precision():
-    prediction = torch.full((2, 4, 2, 2), 300.0, dtype=torch.float16)
-    assert float(token_consistency_loss(prediction, torch.zeros_like(prediction))) == 2 * 300**2
+    prediction = torch.full((2, 1, 4, 2, 2), 300.0, dtype=torch.float16)
+    assert float(token_consistency_loss(prediction, torch.zeros_like(prediction), 1.0)) == 2 * 300**2

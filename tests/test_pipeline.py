@@ -828,6 +828,7 @@ BAD_LEARNING = {
     "alpha above 1": ({"alpha": 1.1}, ValueError, "`alpha`.*1.1"),
     "alpha that is no number": ({"alpha": float("nan")}, ValueError, "`alpha`"),
     "a negative lambda_clip": ({"lambda_clip": -1.0}, ValueError, "`lambda_clip`.*-1"),
+    "a negative lambda_before": ({"lambda_before": -1.0}, ValueError, "`lambda_before`.*-1"),
     "a negative lambda_tc": ({"lambda_tc": -1.0}, ValueError, "`lambda_tc`.*-1"),
     "no loss at all": ({"lambda_clip": 0.0, "lambda_tc": 0.0}, ValueError, "`lambda_clip`.*`lambda_tc`"),
     "no steps": ({"num_optimization_steps": 0}, ValueError, "`num_optimization_steps`.*0"),
@@ -886,6 +887,8 @@ def test_learning_without_clip_says_which_one_to_load(pair, missing):
     with forward_calls(*models_of(pipe)) as calls:
         with pytest.raises(ValueError, match=f"`{missing}`.*width {WIDTH}.*`lambda_clip=0`"):
             pipe.invert_difference(**pair, num_optimization_steps=1)
+        with pytest.raises(ValueError, match=f"`{missing}`.*width {WIDTH}.*another `init`"):
+            pipe.invert_difference(**pair, num_optimization_steps=1, init="clip", lambda_clip=0)
         assert not calls
 
 

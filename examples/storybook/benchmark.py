@@ -9,8 +9,10 @@ Rates have their 95 % Wilson intervals behind them; `direction` is the paper's d
 `UNet` is how many latents an answer sends through the UNet, of which those that tokens are learned on come back through
 it as well. The rows `far` are the analogies whose query shares neither subject, ground nor sky with the pair, but for the
 one that changes. `--paper` adds the paper's own configuration, and `--sdedit 0.6 0.8` stock diffusers' image to image at
-these strengths, which is given the true caption as the oracle is. With `--unsaid` the prompts are true captions that leave
-out what changes, so that tokens can learn it from the pictures alone.
+these strengths, which is given the true caption as the oracle is. `--instruct FOLDER` adds InstructPix2Pix with the UNet
+that `train.py instruct` wrote there, which is given the true instruction, and `--visii` the instruction that VISII learns
+for it from the pair alone, in 1000 steps. With `--unsaid` the prompts are true captions that leave out what changes, so
+that it can be learned from the pictures alone.
 
 Other settings, several at once on the same analogies, each `--config` one row of the table and a bare one the defaults:
 
@@ -18,8 +20,9 @@ Other settings, several at once on the same analogies, each `--config` one row o
 
 `--output FILE.jsonl` keeps every verdict as it comes, and `--sheet FILE.png` shows the first twelve analogies: A, A', B,
 the answer of each configuration, the oracle's, and the target; `--failures FILE.png` the first twelve that went wrong.
-`torchrun --nproc_per_node 2` in place of `python`, with OMP_NUM_THREADS=1, shares the analogies out between two CPU
-cores. Seeds from 300 on are for choosing settings, and those below for reporting them.
+`accelerate launch --multi_gpu --num_processes 2` in place of `python` shares the analogies out between two GPUs, or, with
+OMP_NUM_THREADS=1 and whatever the option's name says, between two CPU cores. Seeds from 300 on are for choosing settings,
+and those below for reporting them.
 """
 
 import argparse
@@ -42,11 +45,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from analogies import Analogy, Verdict, judge, random_analogy
-from diffusers import StableDiffusionImg2ImgPipeline
+from baselines import load_instruct, load_sdedit, visii_instruction
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
-from world import ATTRIBUTES, describe, render
+from world import ATTRIBUTES, describe, render, restatement
 
 
 HERE = Path(__file__).parent
@@ -66,6 +69,7 @@ PAPER = {
     "alpha": 0.8,
     "lambda_clip": 0.01,
     "lambda_tc": 6.0,
+    "lambda_before": 1.0,
     "num_tokens": 4,
     "num_optimization_steps": 120,
     "inversion": "ddim",
@@ -73,6 +77,7 @@ PAPER = {
     "guidance_scale": 2.5,
 }
 SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
+INSTRUCT = {"num_inference_steps": 50, "guidance_scale": 2.0, "image_guidance_scale": 1.0}
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
@@ -135,6 +140,11 @@ def methods(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, opt
     def ask(asked: Callable, **arguments) -> Image.Image:
         return asked(**arguments, generator=torch.Generator().manual_seed(index)).images[0]
 
+    def ask_visii() -> Image.Image:
+        generator = torch.Generator().manual_seed(index)
+        learned = visii_instruction(pipe, options.instruct, before, after, generator)
+        return ask(options.instruct, image=query, prompt_embeds=learned, **INSTRUCT)
+
     for config in options.configs:
         pair = {"image": query, "before": before, "after": after}
         pair |= unsaid_prompts(analogy) if options.unsaid else {}
@@ -143,7 +153,13 @@ def methods(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, opt
         references[oracle_name(config, options.configs)] = functools.partial(ask, pipe, **words, **applying(config))
     for strength in options.sdedit:
         asked = {"prompt": truth, "image": query, "strength": strength, "guidance_scale": SDEDIT_GUIDANCE_SCALE}
-        references[f"SDEdit, {strength:g}"] = functools.partial(ask, sdedit(pipe), **asked)
+        references[f"SDEdit, {strength:g}"] = functools.partial(ask, load_sdedit(pipe), **asked)
+    if options.instruct:
+        told = restatement(analogy.target, analogy.kind, analogy.query, random.Random(index))
+        asked = {"prompt": told, "image": query, **INSTRUCT}
+        references["InstructPix2Pix"] = functools.partial(ask, options.instruct, **asked)
+    if options.visii:
+        references["VISII"] = ask_visii
     return ours | references | {NO_CHANGE: lambda: query}
 
 
@@ -160,33 +176,25 @@ def common_words(before: str, after: str) -> str:
     return " ".join(word for block in blocks for word in before[block.a : block.a + block.size])
 
 
-def sdedit(pipe: DifferenceInversionPipeline) -> StableDiffusionImg2ImgPipeline:
-    """Stock diffusers' image to image with the same parts."""
-    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    stock = StableDiffusionImg2ImgPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    stock.set_progress_bar_config(disable=True)
-    return stock
-
-
 @contextmanager
-def counted(unet: torch.nn.Module) -> Iterator[list[int]]:
-    """While open, the batch size of each call of the UNet joins the list."""
+def counted(unets: list[torch.nn.Module]) -> Iterator[list[int]]:
+    """While open, the batch size of each call of one of the UNets joins the list."""
     counts = []
-    hook = unet.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0])))
+    hooks = [u.register_forward_hook(lambda module, inputs, output: counts.append(len(inputs[0]))) for u in unets]
     try:
         yield counts
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def answer(pipe, encode: Encoder, seed: int, index: int, analogy: Analogy, options) -> Answer:
     """Every method's picture for one analogy, and their scores."""
     known = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
     result = Answer(analogy, seed, index, {}, {}, {}, {})
+    unets = [asked.unet for asked in (pipe, options.instruct) if asked is not None]
     for name, make in methods(pipe, analogy, index, options).items():
-        with counted(pipe.unet) as counts:
+        with counted(unets) as counts:
             picture = make()
         result.pictures[name], result.evaluations[name] = picture, sum(counts)
         result.verdicts[name] = judge(picture, analogy)
@@ -283,19 +291,24 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--paper", action="store_true", help="adds the paper's own configuration")
     parser.add_argument("--unsaid", action="store_true", help="gives prompts that leave out what changes")
     parser.add_argument("--sdedit", type=float, nargs="+", default=[], metavar="STRENGTH", help="SDEdit's, 0 to 1")
+    parser.add_argument("--others-only", action="store_true", help="leaves out our own answers and the oracle's")
+    parser.add_argument("--instruct", type=Path, metavar="FOLDER", help="the UNet that `train.py instruct` wrote")
+    parser.add_argument("--visii", action="store_true", help="adds VISII, a minute or more an analogy on a CPU")
     parser.add_argument("--output", type=Path, help="a JSON line for each analogy")
     parser.add_argument("--sheet", type=Path, help="the first twelve analogies as one picture")
-    parser.add_argument(
-        "--failures", type=Path, help="the first twelve where the first configuration failed, likewise"
-    )
+    parser.add_argument("--failures", type=Path, help="the first twelve where the first row's method failed, likewise")
     options = parser.parse_args()
-    options.configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
+    if options.visii and not options.instruct:
+        parser.error("--visii learns an instruction for the UNet of --instruct; give that too")
+    configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
+    options.configs = [] if options.others_only else configs
     return options
 
 
 def main() -> None:
     options, state = parse_options(), PartialState(cpu=not torch.cuda.is_available())
     pipe = load_pipeline(options.model, state.device)
+    options.instruct = options.instruct and load_instruct(pipe, options.instruct)
     encode = encoder_of(pipe.clip, pipe.clip_processor.image_processor)
     analogies = draw_analogies(options.seed, options.per_kind)
     output = options.output or os.devnull
@@ -316,7 +329,8 @@ def main() -> None:
         print(f"seeds {options.seed}; {prompts}; {seconds:.1f} s an analogy and process\n\n{table(answers)}")
         if options.sheet:
             make_sheet(answers[:12]).save(options.sheet)
-        failed = [a for a in answers if not a.verdicts[name_of(options.configs[0])].success]
+        first = next(iter(answers[0].verdicts))
+        failed = [a for a in answers if not a.verdicts[first].success]
         if options.failures and failed:
             make_sheet(failed[:12]).save(options.failures)
     state.destroy_process_group()

@@ -3,7 +3,7 @@
 
     python examples/storybook/train.py STAGE [--work-dir DIR] [--model-dir DIR] [--steps N] ...
 
-STAGE is one of the following, each of which needs the ones above it, or `all`:
+STAGE is one of the following, each of which needs the ones above it, or `all` for everything down to `evaluate`:
 
     pictures    draws the training pictures, once
     tokenizer   learns a byte-pair vocabulary from captions
@@ -14,6 +14,8 @@ STAGE is one of the following, each of which needs the ones above it, or `all`:
     unet        the diffusion model, on the latents
     captioner   picture to full caption
     evaluate    scores whatever is there on fresh scenes and draws sheets of samples
+    edits       draws one edited picture for each picture and encodes it, once
+    instruct    InstructPix2Pix's UNet, on the edits; a baseline of the benchmark, which stays in the work folder
 
 A stage that trains writes a log, and a checkpoint every few minutes; after an interruption the same command goes on
 from the checkpoint, and with a larger `--steps` it trains on. Every checkpoint also writes the component, in half
@@ -94,6 +96,7 @@ RECIPES = {
     "decoder": Recipe(2200, 8, 4e-4),
     "unet": Recipe(21000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
+    "instruct": Recipe(3000, 32, 3e-4),
 }
 
 
@@ -597,6 +600,11 @@ def unet_caption(scene: Scene, rng: random.Random) -> str:
     return describe(scene) if draw < 0.5 else caption(scene, rng)
 
 
+def spread_times(count: int) -> torch.Tensor:
+    """One random time step in each of `count` equal stretches: less variance than as many independent ones."""
+    return ((torch.arange(count) + torch.rand(count)) * 1000 / count).long().clamp(max=999)
+
+
 def stage_unet(options: argparse.Namespace) -> None:
     """Trains the diffusion model on cached latents."""
     tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
@@ -609,10 +617,7 @@ def stage_unet(options: argparse.Namespace) -> None:
         ids = token_ids(tokenizer, [unet_caption(scenes[i], rng) for i in chosen]).to(options.device)
         with torch.no_grad():
             text = text_encoder(ids).last_hidden_state  # [N, 40, 128]
-        # One random time step in each of N equal stretches: less variance than N independent ones.
-        times = (torch.arange(batch_size) + torch.rand(batch_size)) * 1000 / batch_size
-        times = times.long().clamp(max=999).to(options.device)
-        noise = torch.randn_like(clean)
+        times, noise = spread_times(batch_size).to(options.device), torch.randn_like(clean)
         velocity = scheduler.get_velocity(clean, noise, times)
         predicted = model(scheduler.add_noise(clean, noise, times), times, text).sample
         return {"loss": F.mse_loss(predicted.float(), velocity)}
@@ -714,6 +719,77 @@ def describe_pictures(captioner, processor: BlipProcessor, pictures: list[Image.
         tokens = captioner.generate(pixel_values=pixels.to(captioner.device), max_new_tokens=30)
         said += processor.batch_decode(tokens, skip_special_tokens=True)
     return [text.replace(" ,", ",").strip() for text in said]
+
+
+# --------------------------------------------------------------------------------------------- InstructPix2Pix
+
+
+def draw_edit(job: tuple[Scene, int]) -> tuple[str, np.ndarray]:
+    """An instruction that changes one attribute of the scene, and the picture it asks for."""
+    scene, seed = job
+    rng = random.Random(f"edit {seed}")
+    attribute = rng.choice(list(ATTRIBUTES))
+    value = rng.choice([value for value in ATTRIBUTES[attribute] if value != getattr(scene, attribute)])
+    edited = dataclasses.replace(scene, **{attribute: value})
+    return restatement(edited, attribute, scene, rng), draw(edited)
+
+
+def stage_edits(options: argparse.Namespace) -> None:
+    """Draws an edit of each of the first `--edits` training pictures and encodes it."""
+    vae, scenes = load_component(options, "vae"), load_scenes(options)[: options.edits]
+    instructions, latents = [], []
+    with multiprocessing.get_context("spawn").Pool(options.threads or os.cpu_count()) as pool:
+        drawn = pool.imap(draw_edit, zip(scenes, range(len(scenes)), strict=True), chunksize=64)
+        for _ in tqdm(range(0, len(scenes), 64), desc="edits"):
+            batch = list(itertools.islice(drawn, 64))
+            instructions += [instruction for instruction, _ in batch]
+            signed = to_signed(np.stack([picture for _, picture in batch]))
+            latents.append((encode(vae, signed) * vae.config.scaling_factor).half().cpu())
+    temporary = options.work_dir / "edits.tmp.npy"
+    np.save(temporary, torch.cat(latents).numpy())
+    os.replace(temporary, options.work_dir / "edits.npy")
+    write_text(options.work_dir / "edits.json", json.dumps(instructions))
+
+
+def build_instruct_unet(options: argparse.Namespace) -> UNet2DConditionModel:
+    """Storybook's UNet with four more input channels, for the picture to edit, whose weights begin at zero."""
+    unet = load_component(options, "unet").requires_grad_(True)
+    old = unet.conv_in
+    unet.register_to_config(in_channels=8)
+    unet.conv_in = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, padding=old.padding).to(options.device)
+    with torch.no_grad():
+        unet.conv_in.weight.zero_()[:, :4].copy_(old.weight)
+        unet.conv_in.bias.copy_(old.bias)
+    return unet
+
+
+def stage_instruct(options: argparse.Namespace) -> None:
+    """Trains InstructPix2Pix from Storybook's own weights, as its paper does from Stable Diffusion's (section 3.2)."""
+    tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
+    instructions = json.loads((options.work_dir / "edits.json").read_text())
+    before, after = (torch.from_numpy(np.load(options.work_dir / f"{name}.npy")) for name in ("latents", "edits"))
+    scale = load_component(options, "vae").config.scaling_factor
+    scheduler, model = build_scheduler(), build_instruct_unet(options)
+
+    def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
+        chosen = rng.choices(range(len(after)), k=batch_size)
+        clean = after[chosen].float().to(options.device)  # [N, 4, 16, 16]
+        # Its pipeline gives the picture as the VAE has it, not scaled. Each condition, and both, is left out 5 % of times.
+        picture = before[chosen].float().to(options.device) / scale
+        kept_text, kept_picture = (torch.rand(2, batch_size) >= 0.05) & (torch.rand(batch_size) >= 0.05)
+        picture = picture * kept_picture[:, None, None, None].to(options.device)
+        said = [instructions[i] if kept else "" for i, kept in zip(chosen, kept_text.tolist(), strict=True)]
+        with torch.no_grad():
+            text = text_encoder(token_ids(tokenizer, said).to(options.device)).last_hidden_state  # [N, 40, 128]
+        times, noise = spread_times(batch_size).to(options.device), torch.randn_like(clean)
+        noisy = scheduler.add_noise(clean, noise, times)
+        predicted = model(torch.cat([noisy, picture], dim=1), times, text).sample
+        return {"loss": F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, times))}
+
+    def export(average: UNet2DConditionModel, done: bool) -> None:
+        save_component(average, options.work_dir / "instruct_unet")
+
+    fit("instruct", model, options, losses, export)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluate
@@ -879,7 +955,10 @@ STAGES = {
     "unet": stage_unet,
     "captioner": stage_captioner,
     "evaluate": stage_evaluate,
+    "edits": stage_edits,
+    "instruct": stage_instruct,
 }
+ALL = list(STAGES)[: list(STAGES).index("evaluate") + 1]
 
 
 def keep_memory() -> None:
@@ -908,6 +987,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model-dir", type=Path, default=HERE / "model", help="the components")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's own choice")
     parser.add_argument("--scenes", type=int, default=24000, help="training pictures")
+    parser.add_argument("--edits", type=int, default=24000, help="edited pictures, at most one for each picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="total, counted from the start of the stage")
     parser.add_argument("--batch-size", type=int)
@@ -933,7 +1013,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     for folder in (options.work_dir, options.model_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if options.stage == "all" else [options.stage]:
+    for stage in ALL if options.stage == "all" else [options.stage]:
         torch.manual_seed(options.seed)
         STAGES[stage](options)
 

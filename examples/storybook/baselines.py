@@ -1,0 +1,93 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""What the benchmark compares with: diffusers' own pipelines on Storybook's weights, and VISII, which has none there."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+
+# The weights and the number of steps of VISII's paper (section 4) and the learning rate of its authors' configuration.
+VISII_STEPS, VISII_LEARNING_RATE, VISII_LAMBDA_MSE, VISII_LAMBDA_CLIP = 1000, 1e-3, 4.0, 0.1
+
+
+def stock(pipeline: type[DiffusionPipeline], pipe: DiffusionPipeline, **parts) -> DiffusionPipeline:
+    """A pipeline of diffusers with the parts of `pipe`, but for those given."""
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")} | parts
+    built = pipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def load_sdedit(pipe: DiffusionPipeline) -> StableDiffusionImg2ImgPipeline:
+    return stock(StableDiffusionImg2ImgPipeline, pipe)
+
+
+def load_instruct(pipe: DiffusionPipeline, folder: Path) -> StableDiffusionInstructPix2PixPipeline:
+    """With the UNet that `train.py instruct` wrote to `folder`."""
+    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).to(pipe.device)
+    return stock(StableDiffusionInstructPix2PixPipeline, pipe, unet=unet.requires_grad_(False).eval())
+
+
+@torch.no_grad()
+def clip_direction(pipe: DiffusionPipeline, before: Image.Image, after: Image.Image) -> torch.Tensor:
+    """E(after) - E(before) of CLIP's features of unit length, as (1, dim)."""
+    pixel_values = pipe.clip_processor(images=[before, after], return_tensors="pt").pixel_values.to(pipe.device)
+    features = pipe.clip.visual_projection(pipe.clip.vision_model(pixel_values=pixel_values).pooler_output)
+    first, second = F.normalize(features, dim=-1)
+    return (second - first)[None]
+
+
+@torch.no_grad()
+def picture_latents(pipe: DiffusionPipeline, image: Image.Image) -> torch.Tensor:
+    """The mean of the VAE's posterior, not scaled, as (1, 4, height / 8, width / 8)."""
+    return pipe.vae.encode(pipe.image_processor.preprocess(image).to(pipe.device)).latent_dist.mean
+
+
+def visii_instruction(
+    pipe: DiffusionPipeline,
+    instruct: StableDiffusionInstructPix2PixPipeline,
+    before: Image.Image,
+    after: Image.Image,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The instruction that turns `before` into `after`, learned as VISII does (Nguyen et al. 2023, section 3).
+
+    The text encoder's output begins as that of A''s caption, where the paper has a prompt found by PEZ. InstructPix2Pix is
+    to draw `after` from `before` with it, and CLIP's projection of its end token is to point where the pictures do. Each
+    of the time steps comes once.
+
+    Returns:
+        `torch.Tensor`: prompt embeddings, (1, tokens, dim).
+    """
+    (caption,) = pipe.caption([after])
+    ids = pipe.tokenizer([caption], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    end = int((ids[0] == pipe.tokenizer.eos_token_id).nonzero()[0])
+    with torch.no_grad():
+        learned = pipe.text_encoder(ids.to(pipe.device))[0]
+    learned.requires_grad_(True)
+    optimizer = torch.optim.AdamW([learned], lr=VISII_LEARNING_RATE)
+    scheduler = DDPMScheduler.from_config(instruct.scheduler.config)
+    clean, picture = picture_latents(pipe, after) * pipe.vae.config.scaling_factor, picture_latents(pipe, before)
+    direction = clip_direction(pipe, before, after)
+    count = scheduler.config.num_train_timesteps
+    times = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-VISII_STEPS // count))])
+    for time in times[:VISII_STEPS].to(pipe.device):
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noisy = scheduler.add_noise(clean, noise, time[None])
+        predicted = instruct.unet(torch.cat([noisy, picture], dim=1), time, encoder_hidden_states=learned).sample
+        mse = F.mse_loss(predicted, scheduler.get_velocity(clean, noise, time[None]))
+        said = pipe.clip.text_projection(learned[:, end])
+        clip = 1 - F.cosine_similarity(said, direction).mean()
+        (VISII_LAMBDA_MSE * mse + VISII_LAMBDA_CLIP * clip).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return learned.detach()
