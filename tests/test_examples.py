@@ -3,19 +3,22 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from analogies import judge, random_analogy
+from baselines import load_instruct, visii_instruction
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
 from safetensors import safe_open
-from train import clip_near_misses, clip_restated, decode, draw, encode, to_pil, to_signed
+from train import build_instruct_unet, clip_near_misses, clip_restated, decode, draw, encode, to_pil, to_signed
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 
@@ -92,14 +95,17 @@ def test_clip_tells_near_misses_apart_and_hears_what_a_prompts_end_revises(story
 
 
 def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "storybook" / "benchmark.py"), "--per-kind", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [sys.executable, *launch, str(ROOT / "examples" / "storybook" / "benchmark.py"), "--per-kind", "1"]
     quick = ["num_optimization_steps=2", "num_inference_steps=2"]
     command += ["--config", *quick, "--config", *quick, "guidance_scale=1.5", "--sdedit", "0.1"]
     command += ["--output", str(tmp_path / "verdicts.jsonl")]
     command += ["--sheet", str(tmp_path / "sheet.png"), "--failures", str(tmp_path / "failures.png")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    on_cpus = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=on_cpus)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda line: line["index"])
     assert [line["kind"] for line in lines] == ["subject", "color", "ground", "sky", "extra", "style"]
     for line in lines:
         methods = line["methods"]
@@ -119,6 +125,38 @@ def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path):
     assert load_image(str(tmp_path / "sheet.png")).size == (9 * 128, 6 * 128)
     wrong = sum(not line["methods"][next(iter(line["methods"]))]["success"] for line in lines)
     assert load_image(str(tmp_path / "failures.png")).size == (9 * 128, wrong * 128)
+
+
+def test_instruct_pix2pix_starts_as_storybook_and_learns_to_look_at_the_picture(storybook):
+    """Its new channels begin at zero, and have a gradient from the first step on."""
+    options = SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))
+    unet = build_instruct_unet(options)
+    latents, picture = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = storybook.encode_prompt(["a red cabin", "a castle"])
+    predicted = unet(torch.cat([latents, picture], dim=1), 500, text).sample
+    torch.testing.assert_close(predicted, storybook.unet(latents, 500, text).sample, atol=1e-4, rtol=1e-4)
+    predicted.square().mean().backward()
+    assert unet.conv_in.weight.grad[:, 4:].any()
+
+
+def test_visii_moves_a_caption_to_an_instruction_that_the_stock_pipeline_takes(storybook, tmp_path):
+    build_instruct_unet(SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))).save_pretrained(tmp_path)
+    instruct = load_instruct(storybook, tmp_path)
+    before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
+    pair = [render(before), render(dataclasses.replace(before, sky="night"))]
+    start, end = (
+        visii_instruction(storybook, instruct, *pair, torch.Generator().manual_seed(0), steps) for steps in (0, 30)
+    )
+    asked = {"image": pair[0], "num_inference_steps": 2, "guidance_scale": 1.5, "image_guidance_scale": 1.0}
+    assert start.shape == end.shape == (1, 40, 128) and torch.isfinite(end).all()
+    assert 0.005 < (end - start).abs().max() < 0.1  # thirty steps of a thousandth
+    assert instruct(prompt_embeds=end, **asked).images[0].size == (128, 128)
+
+
+def test_benchmark_refuses_visii_without_the_unet_that_it_learns_for():
+    command = [sys.executable, str(ROOT / "examples" / "storybook" / "benchmark.py"), "--visii"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and "--instruct" in run.stderr
 
 
 def test_benchmark_refuses_a_setting_that_the_pipeline_does_not_have():

@@ -58,12 +58,13 @@ def visii_instruction(
     before: Image.Image,
     after: Image.Image,
     generator: torch.Generator,
+    steps: int = VISII_STEPS,
 ) -> torch.Tensor:
     """The instruction that turns `before` into `after`, learned as VISII does (Nguyen et al. 2023, section 3).
 
-    The text encoder's output begins as that of A''s caption, where the paper has a prompt found by PEZ. InstructPix2Pix is
-    to draw `after` from `before` with it, and CLIP's projection of its end token is to point where the pictures do. Each
-    of the time steps comes once.
+    The text encoder's output begins as that of the caption of `after`, where the paper has a prompt found by PEZ.
+    InstructPix2Pix is to draw `after` from `before` with it, and CLIP's projection of its end token is to point where the
+    pictures do. In 1000 steps each time step comes once.
 
     Returns:
         `torch.Tensor`: prompt embeddings, (1, tokens, dim).
@@ -78,9 +79,10 @@ def visii_instruction(
     scheduler = DDPMScheduler.from_config(instruct.scheduler.config)
     clean, picture = picture_latents(pipe, after) * pipe.vae.config.scaling_factor, picture_latents(pipe, before)
     direction = clip_direction(pipe, before, after)
-    count = scheduler.config.num_train_timesteps
-    times = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-VISII_STEPS // count))])
-    for time in times[:VISII_STEPS].to(pipe.device):
+    for step in range(steps):
+        if step % scheduler.config.num_train_timesteps == 0:
+            times = torch.randperm(scheduler.config.num_train_timesteps, generator=generator).to(pipe.device)
+        time = times[step % len(times)]
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         noisy = scheduler.add_noise(clean, noise, time[None])
         predicted = instruct.unet(torch.cat([noisy, picture], dim=1), time, encoder_hidden_states=learned).sample
