@@ -162,6 +162,36 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
     return errors[0] + lambda_before * errors[1:].sum()
 
 
+# ------------------------------------------------------------------------------------------------------ prompts
+
+
+def changed_phrases(before: str, after: str) -> tuple[list[str], list[str]]:
+    """What only one of two prompts says: the runs of words that `after` lost, and those that it gained, in their order."""
+    first, second = (re.findall(r"\w+|[^\w\s]", prompt.lower()) for prompt in (before, after))
+    lost, gained = [], []
+    for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, first, second, False).get_opcodes():
+        if kind != "equal":
+            lost.append(" ".join(first[start:end]))
+            gained.append(" ".join(second[new_start:new_end]))
+    return [phrase for phrase in lost if phrase], [phrase for phrase in gained if phrase]
+
+
+def common_phrases(phrases: Sequence[list[str]]) -> list[str]:
+    """The first list's phrases, of their words those that every list has somewhere."""
+    words = [set(" ".join(line).split()) for line in phrases]
+    common = (" ".join(word for word in phrase.split() if all(word in w for w in words)) for phrase in phrases[0])
+    return [phrase for phrase in common if phrase]
+
+
+def without_phrases(prompt: str, phrases: Sequence[str]) -> str:
+    """A prompt without these phrases, wherever it has them whole. Those of only short words ("on a") stay."""
+    for phrase in phrases:
+        if re.search(r"\w{3}", phrase):
+            pattern = r"\s*".join(map(re.escape, phrase.split()))
+            prompt = re.sub(rf"(?<!\w){pattern}(?!\w)\s*", "", prompt, flags=re.IGNORECASE)
+    return prompt.strip()
+
+
 # ------------------------------------------------------------------------------------------- difference tokens
 
 
@@ -187,8 +217,11 @@ class DifferenceTokens:
 
     def __mul__(self, scale: float) -> "DifferenceTokens":
         metadata = {name: value for name, value in self.metadata.items() if name != "loss"}
-        if scale < 0 and {"before_prompt", "after_prompt"} <= metadata.keys():
-            metadata["before_prompt"], metadata["after_prompt"] = metadata["after_prompt"], metadata["before_prompt"]
+        for first, second in (("before_prompt", "after_prompt"), ("lost_phrases", "gained_phrases")):
+            if scale < 0 and {first, second} <= metadata.keys():
+                metadata[first], metadata[second] = metadata[second], metadata[first]
+        if scale == 0:
+            metadata.pop("lost_phrases", None)
         return DifferenceTokens({name: rows * scale for name, rows in self.embeddings.items()}, metadata)
 
     __rmul__ = __mul__
@@ -202,6 +235,9 @@ class DifferenceTokens:
         pairs = zip(self.embeddings.items(), other.embeddings.values(), strict=True)
         common = ("base_model", "prediction_type", "embedding_fingerprint")
         metadata = {k: v for k, v in self.metadata.items() if k in common and other.metadata.get(k) == v}
+        for key in ("lost_phrases", "gained_phrases"):
+            if phrases := "\n".join(filter(None, (d.metadata.get(key) for d in (self, other)))):
+                metadata[key] = phrases
         return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs}, metadata)
 
     def to(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> "DifferenceTokens":
@@ -772,6 +808,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         prompts = as_list(prompts)
         return prompts * count if len(prompts) == 1 else prompts
 
+    def _replaced(self, prompts: list[str], difference: Optional[DifferenceTokens]) -> list[str]:
+        """The prompts without what a difference takes the place of, so that its tokens need not contradict them."""
+        if difference is None or not self._rows(difference).any():
+            return prompts
+        phrases = difference.metadata.get("lost_phrases", "").splitlines()
+        return [without_phrases(prompt, phrases) for prompt in prompts]
+
     def _rows(self, difference: Optional[DifferenceTokens]) -> torch.Tensor:
         """A difference's rows (num_tokens, dim) in float32; none where there is no difference."""
         if difference is None:
@@ -1002,6 +1045,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 callback_on_optimization_step,
             )
         self.maybe_free_model_hooks()
+        lost, gained = self._changed_phrases(examples)
         settings = {
             "num_tokens": num_tokens,
             "steps": num_optimization_steps,
@@ -1015,6 +1059,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "seed": "" if generator is None else generator.initial_seed(),
             "before_prompt": examples[0].before_prompt,
             "after_prompt": examples[0].after_prompt,
+            "lost_phrases": "\n".join(lost),
+            "gained_phrases": "\n".join(gained),
         }
         return DifferenceTokens({DEFAULT_TOKEN: tokens.cpu()}, self._metadata(settings))
 
@@ -1055,22 +1101,15 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         those that all pairs have. Both kinds at once would make a difference that runs backwards as well, and runs
         forwards less well: a negated noun is often heard as a noun.
         """
-        sides = zip(*map(self._prompt_change, examples), strict=True)
-        gone, new = ([i for i in side[0] if all(i in other for other in side)] for side in sides)
-        table = self.text_encoder.get_input_embeddings().weight
-        rows = table[new] if new else -table[gone]
-        return rows[max(0, len(rows) - num_tokens) :].float()
+        lost, gained = self._changed_phrases(examples)
+        words = self.tokenizer(" ".join(gained or lost), add_special_tokens=False).input_ids
+        rows = self.text_encoder.get_input_embeddings().weight[words].float() * (1 if gained else -1)
+        return rows[max(0, len(rows) - num_tokens) :]
 
-    def _prompt_change(self, example: _Example) -> tuple[list[int], list[int]]:
-        """Token ids that only the prompt of A has, and that only the prompt of A' has."""
-        prompts = [example.before_prompt, example.after_prompt]
-        before, after = self.tokenizer(prompts, add_special_tokens=False).input_ids
-        gone, new = [], []
-        for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
-            if kind != "equal":
-                gone += before[start:end]
-                new += after[new_start:new_end]
-        return gone, new
+    def _changed_phrases(self, examples: list[_Example]) -> tuple[list[str], list[str]]:
+        sides = zip(*(changed_phrases(e.before_prompt, e.after_prompt) for e in examples), strict=True)
+        lost, gained = map(common_phrases, sides)
+        return lost, gained
 
     def _seen_word(self, examples: list[_Example], befores: list, afters: list, generator) -> torch.Tensor:
         """The one word of the vocabulary that the images' change is nearest to, (1, dim); (0, dim) if none changed.
@@ -1392,6 +1431,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         after: Any = None,
         difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
         difference_scale: Union[float, list[float]] = 1.0,
+        replace_phrases: bool = True,
         prompt: Optional[Union[str, list[str]]] = None,
         source_prompt: Optional[Union[str, list[str]]] = None,
         before_prompt: Optional[Union[str, list[str]]] = None,
@@ -1433,6 +1473,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
             difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that
                 begin as words of A' seldom know: swap `before` and `after` and learn that instead.
+            replace_phrases: leave out of the query's prompt what the prompt of A says and that of A' does not, if it is
+                there word for word, so that the tokens need not contradict it. Differences remember these phrases, as
+                `metadata["lost_phrases"]`.
             prompt: describes the query, one for each image. Left out, the captioner writes it.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
@@ -1556,6 +1599,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if negative_prompt is None:
             negative_prompt = source_prompts if images else ""
         negative_prompts = self._repeated(negative_prompt, len(prompts))
+        if replace_phrases:
+            prompts = self._replaced(prompts, applied)
         rows = self._rows(applied).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
         prompt_embeds = self.encode_prompt(prompts, rows)  # [batch, length, dim]
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.

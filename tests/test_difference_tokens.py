@@ -45,6 +45,16 @@ def test_a_sum_remembers_the_base_model_that_both_share():
     assert (one + other).metadata == {"base_model": "sd"}
 
 
+def test_arithmetic_keeps_what_a_difference_takes_the_place_of():
+    one, other = (
+        DifferenceTokens({"<difference>": torch.ones(1, 4)}, {"lost_phrases": lost, "gained_phrases": gained})
+        for lost, gained in (("cabin\nred", "castle"), ("by day", "at night"))
+    )
+    assert (one + other).metadata == {"lost_phrases": "cabin\nred\nby day", "gained_phrases": "castle\nat night"}
+    assert (one + -0.5 * other).metadata["lost_phrases"] == "cabin\nred\nat night"
+    assert (0 * one + other).metadata["lost_phrases"] == "by day"
+
+
 def test_a_sum_has_the_rows_of_both_one_after_the_other(tokens):
     other = random_tokens(num_tokens=2, seed=6)
     torch.testing.assert_close(rows_of(tokens + other), torch.cat([rows_of(tokens), rows_of(other)]))

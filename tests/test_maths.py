@@ -5,7 +5,15 @@ import pytest
 import torch
 from conftest import seeded
 
-from pipeline_difference_inversion import clip_loss, interpolated_delta, slerp, token_consistency_loss
+from pipeline_difference_inversion import (
+    changed_phrases,
+    clip_loss,
+    common_phrases,
+    interpolated_delta,
+    slerp,
+    token_consistency_loss,
+    without_phrases,
+)
 
 
 @pytest.fixture
@@ -104,3 +112,39 @@ def test_token_consistency_loss_is_the_weighted_sum_of_the_two_mean_squared_erro
 def test_token_consistency_loss_does_not_overflow_in_half_precision():
     prediction = torch.full((2, 1, 4, 2, 2), 300.0, dtype=torch.float16)
     assert float(token_consistency_loss(prediction, torch.zeros_like(prediction), 1.0)) == 2 * 300**2
+
+
+@pytest.mark.parametrize(
+    "before, after, lost, gained",
+    [
+        ("a red tent on grass", "a red castle on grass", ["tent"], ["castle"]),
+        ("a tent by day, pixel art", "A tent at night, painting", ["by day", "pixel art"], ["at night", "painting"]),
+        ("a tent with a moon, painting", "a tent, painting", ["with a moon"], []),
+        ("a tent", "a tent", [], []),
+        ("", "a tent", [], ["a tent"]),
+    ],
+)
+def test_changed_phrases_are_what_only_one_of_two_prompts_says(before, after, lost, gained):
+    assert changed_phrases(before, after) == (lost, gained)
+    assert changed_phrases(after, before) == (gained, lost)
+
+
+def test_common_phrases_keep_the_words_that_every_pair_has():
+    assert common_phrases([["castle on snow", "boat"], ["tent on", "snow"]]) == ["on snow"]
+    assert common_phrases([["castle on snow", "boat"]]) == ["castle on snow", "boat"]
+
+
+@pytest.mark.parametrize(
+    "prompt, phrases, left",
+    [
+        ("a red tent on grass", ["tent"], "a red on grass"),
+        ("a TENT, in a storm", ["tent", "in a storm"], "a ,"),
+        ("a tent with tents", ["tent"], "a with tents"),
+        ("a cabin on a hill", ["on a"], "a cabin on a hill"),  # of short words alone, which are everywhere
+        ("a cabin on a hill", ["red cabin"], "a cabin on a hill"),
+        ("a cabin (old) by day", ["cabin ( old )"], "a by day"),
+        ("a cabin", [], "a cabin"),
+    ],
+)
+def test_without_phrases_leaves_out_whole_phrases_only(prompt, phrases, left):
+    assert without_phrases(prompt, phrases) == left

@@ -291,6 +291,44 @@ def test_rows_stand_whole_between_the_prompt_and_its_end(pipe, prompt):
     torch.testing.assert_close(window, expected, atol=1e-5, rtol=1e-5)
 
 
+CASTLE = {"lost_phrases": "cabin\non snow", "gained_phrases": "castle\non grass"}
+
+
+@pytest.mark.parametrize(
+    "options, read",
+    [
+        ({}, "a blue by day"),
+        ({"prompt": "a Cabin on snow"}, "a"),
+        ({"prompt": "cabins on ice"}, "cabins on ice"),
+        ({"image": None}, "a blue by day"),
+        ({"replace_phrases": False}, "a blue cabin by day"),
+        ({"difference_scale": 0.0}, "a blue cabin by day"),
+        ({"difference_scale": -1.0, "prompt": "a blue castle by day"}, "a blue by day"),
+    ],
+)
+def test_a_difference_takes_the_place_of_what_the_prompt_of_the_image_before_said(pipe, options, read):
+    tokens, seen = DifferenceTokens(random_tokens().embeddings, dict(CASTLE)), []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(tensors)
+        return {}
+
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    options = {"prompt": "a blue cabin by day", "difference": tokens} | options
+    apply(pipe, **options, callback_on_step_end=note, callback_on_step_end_tensor_inputs=names)
+    rows = rows_of(tokens)[None] * options.get("difference_scale", 1.0)
+    torch.testing.assert_close(seen[0]["prompt_embeds"], pipe.encode_prompt([read], rows))
+    if options.get("image", True) is not None:  # the query itself is still described whole
+        whole = pipe.encode_prompt([options["prompt"]], torch.zeros_like(rows))
+        torch.testing.assert_close(seen[0]["negative_prompt_embeds"], whole)
+
+
+def test_a_learned_difference_remembers_what_it_takes_the_place_of(pipe, pair):
+    difference = pipe.invert_difference(**pair, num_optimization_steps=1)
+    assert difference.metadata["lost_phrases"] == "red cabin"
+    assert difference.metadata["gained_phrases"] == "yellow castle on snow"
+
+
 def test_a_caption_of_500_words_does_not_push_the_difference_out(pipe):
     prompt = " ".join(["cabin", "castle", "snow", "night", "boat"] * 100)
     changed, unchanged = apply(pipe, prompt=prompt), apply(pipe, prompt=prompt, difference_scale=0)
