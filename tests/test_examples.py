@@ -121,7 +121,7 @@ def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path):
             for name in ("subject", "ground", "sky")
             if name != line["kind"]
         )
-    assert "| all | 6 | no change | 0.00 (0.00 to 0.39) | 1.00 (0.61 to 1.00) |" in run.stdout
+    assert "| all | 6 | no change | 0.00 (0.00 to 0.39) | 1.00 (0.61 to 1.00) | 0.00 |" in run.stdout
     assert load_image(str(tmp_path / "sheet.png")).size == (9 * 128, 6 * 128)
     wrong = sum(not line["methods"][next(iter(line["methods"]))]["success"] for line in lines)
     assert load_image(str(tmp_path / "failures.png")).size == (9 * 128, wrong * 128)

@@ -5,7 +5,9 @@
 
 Each analogy is answered from its three pictures alone, with the captioner's prompts and default settings. Beside it
 stand an oracle, which is given the true caption of the answer on the query inverted likewise, and no change at all.
-Rates have their 95 % Wilson intervals behind them; `direction` is the paper's directional score, by Storybook's CLIP;
+Rates have their 95 % Wilson intervals behind them. `read` is how often the captioner reads the right scene in the answer,
+every word of it: unlike the judge, who compares pixels, it does not mind where things stand or how large they are.
+`direction` is the paper's directional score, by Storybook's CLIP;
 `UNet` is how many latents an answer sends through the UNet, of which those that tokens are learned on come back through
 it as well. The rows `far` are the analogies whose query shares neither subject, ground nor sky with the pair, but for the
 one that changes. `--paper` adds the paper's own configuration, and `--sdedit 0.6 0.8` stock diffusers' image to image at
@@ -92,6 +94,7 @@ class Answer:
     evaluations: dict[str, int]  # latents sent through the UNet
     verdicts: dict[str, Verdict]
     directions: dict[str, float]  # directional scores, by Storybook's CLIP
+    read: dict[str, bool]  # whether the captioner reads the right scene in the answer
 
 
 def load_pipeline(folder: Path, device: torch.device) -> DifferenceInversionPipeline:
@@ -191,7 +194,7 @@ def counted(unets: list[torch.nn.Module]) -> Iterator[list[int]]:
 def answer(pipe, encode: Encoder, seed: int, index: int, analogy: Analogy, options) -> Answer:
     """Every method's picture for one analogy, and their scores."""
     known = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
-    result = Answer(analogy, seed, index, {}, {}, {}, {})
+    result = Answer(analogy, seed, index, {}, {}, {}, {}, {})
     unets = [asked.unet for asked in (pipe, options.instruct) if asked is not None]
     for name, make in methods(pipe, analogy, index, options).items():
         with counted(unets) as counts:
@@ -199,6 +202,7 @@ def answer(pipe, encode: Encoder, seed: int, index: int, analogy: Analogy, optio
         result.pictures[name], result.evaluations[name] = picture, sum(counts)
         result.verdicts[name] = judge(picture, analogy)
         result.directions[name] = directional_score(encode, *known, picture)
+        result.read[name] = pipe.caption([picture]) == [describe(analogy.target)]
     return result
 
 
@@ -226,16 +230,17 @@ def rate_cell(outcomes: Iterable[bool]) -> str:
 
 def table(answers: list[Answer]) -> str:
     """Rates and means by kind of change and method, in Markdown."""
-    lines = ["| kind | n | method | success | kept | PSNR | direction | UNet |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| kind | n | method | success | kept | read | PSNR | direction | UNet |", "|---" * 9 + "|"]
     for kind in ("all", "far", *ATTRIBUTES):
         chosen = [a for a in answers if kind in ("all", a.analogy.kind) or kind == "far" and is_far(a.analogy)]
         for method in chosen[0].verdicts if chosen else ():
             verdicts = [a.verdicts[method] for a in chosen]
             success, kept = rate_cell(v.success for v in verdicts), rate_cell(v.kept for v in verdicts)
+            read = statistics.mean(a.read[method] for a in chosen)
             psnr = statistics.mean(v.psnr for v in verdicts)
             direction = statistics.mean(a.directions[method] for a in chosen)
             evaluations = statistics.mean(a.evaluations[method] for a in chosen)
-            cells = [kind, len(chosen), method, success, kept]
+            cells = [kind, len(chosen), method, success, kept, f"{read:.2f}"]
             cells += [f"{psnr:.1f} dB", f"{direction:.2f}", f"{evaluations:.0f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -243,7 +248,8 @@ def table(answers: list[Answer]) -> str:
 
 def json_line(a: Answer) -> str:
     scores = {
-        name: {**dataclasses.asdict(verdict), "direction": a.directions[name], "evaluations": a.evaluations[name]}
+        name: dataclasses.asdict(verdict)
+        | {"read": a.read[name], "direction": a.directions[name], "evaluations": a.evaluations[name]}
         for name, verdict in a.verdicts.items()
     }
     place = {"seed": a.seed, "index": a.index, "far": is_far(a.analogy)}
