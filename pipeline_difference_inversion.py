@@ -71,8 +71,8 @@ FILE_FORMAT_VERSION = 1
 DEFAULT_TOKEN = "<difference>"
 NUM_PROBE_SAMPLES = 8  # noises and time steps that tokens are judged on
 NUM_WORD_CANDIDATES = 8  # words of CLIP's that the UNet chooses from
-# How much it counts that a word draws A badly. On 48 pairs of Storybook the word was right 45 times at 0, 48 times at 0.25,
-# 0.5 and 0.75, and 47 times at 1; the nearest to CLIP was right 40 times.
+# How much it counts that a word draws A badly. On 48 pairs of Storybook the word was right 45 times at 0, 48 times at
+# 0.25, 0.5 and 0.75, and 47 times at 1; the nearest to CLIP was right 40 times.
 WORD_CONTRAST = 0.5
 # How far out random tokens begin, in standard deviations of the vocabulary. Of rows near zero a text encoder sees, after
 # its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
@@ -153,8 +153,8 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
     """L_after + lambda_before * L_before (equations 7 to 9): the model's mean squared errors on A' and on A.
 
     Args:
-        prediction: UNet outputs for A' under [P_A; +D] and for A under [P_A'; -D], (2, samples, channels, height, width);
-            those for A can be left out where they have no weight.
+        prediction: UNet outputs for A' under [P_A; +D] and for A under [P_A'; -D], (2, samples, channels, height,
+            width); those for A can be left out where they have no weight.
         target: the noise or the velocity that they should be, same shape.
         lambda_before: weight of the second, at least 0; 1 in the paper.
     """
@@ -166,7 +166,7 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
 
 
 def changed_phrases(before: str, after: str) -> tuple[list[str], list[str]]:
-    """What only one of two prompts says: the runs of words that `after` lost, and those that it gained, in their order."""
+    """What only one of two prompts says: the runs of words that `after` lost, and those that it gained, in order."""
     first, second = (re.findall(r"\w+|[^\w\s]", prompt.lower()) for prompt in (before, after))
     lost, gained = [], []
     for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, first, second, False).get_opcodes():
@@ -188,7 +188,8 @@ def without_phrases(prompt: str, phrases: Sequence[str]) -> str:
     for phrase in phrases:
         if re.search(r"\w{3}", phrase):
             pattern = r"\s*".join(map(re.escape, phrase.split()))
-            prompt = re.sub(rf"(?<!\w){pattern}(?!\w)\s*", "", prompt, flags=re.IGNORECASE)
+            whole = rf"(?:(?<!\w)|(?=\W)){pattern}(?:(?!\w)|(?<=\W))\s*"
+            prompt = re.sub(whole, "", prompt, flags=re.IGNORECASE)
     return prompt.strip()
 
 
@@ -248,7 +249,7 @@ class DifferenceTokens:
     def nearest_words(
         self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, count: int = 3
     ) -> list[list[tuple[str, float]]]:
-        """The vocabulary words that point most nearly where each token does, for people who want to know what was learned.
+        """The vocabulary words that point most nearly where each token does, for people who ask what was learned.
 
         Args:
             tokenizer: the base model's.
@@ -983,12 +984,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
                 the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).
-            lambda_before: weight in that loss of the way back, by the negated tokens from A' to A (equation 8). The paper
-                has 1; at 0 a step needs half the UNet's work.
+            lambda_before: weight in that loss of the way back, by the negated tokens from A' to A (equation 8). The
+                paper has 1; at 0 a step needs half the UNet's work.
             init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, or, if it has only
                 lost some, as those, negated. `"clip"`: as the word that CLIP and the UNet see in the images' change,
-                whatever the prompts say; `"prompts"` does likewise where they do not differ, if `lambda_clip` is not 0.
-                Rows without a word are random. `"random"`: three times as far out as the vocabulary's rows.
+                whatever the prompts say; `"prompts"` does likewise where they do not differ, if `lambda_clip` is not
+                0. Rows without a word are random. `"random"`: three times as far out as the vocabulary's rows.
                 `"zeros"`: the paper's, section 4.4, which worked less well here.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
@@ -996,8 +997,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
 
         Returns:
-            The difference tokens that were best on a fixed set of noises and time steps, of those that they began as and
-            of every tenth of the way.
+            The difference tokens that were best on a fixed set of noises and time steps, of those that they began as
+            and of every tenth of the way.
 
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
@@ -1114,8 +1115,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
     def _seen_word(self, examples: list[_Example], befores: list, afters: list, generator) -> torch.Tensor:
         """The one word of the vocabulary that the images' change is nearest to, (1, dim); (0, dim) if none changed.
 
-        CLIP is quick and shortsighted, so it only proposes words. Of those, the UNet takes the one after the prompt of A
-        with which it draws A' best and A worst.
+        CLIP is quick and shortsighted, so it only proposes words. Of those, the UNet takes the one with which, after
+        the prompt of A, it draws A' best and A worst.
         """
         delta = (self._clip_image_features(afters) - self._clip_image_features(befores)).mean(0)
         words = self._vocabulary_words()
@@ -1222,8 +1223,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         loss, best = min(candidates, key=lambda candidate: candidate[0])
         if not best.any():
             logger.warning(
-                "No tokens were better than zeros, and the difference will change nothing. Try a lower `learning_rate`, "
-                "more steps, another `init`, or float32."
+                "No tokens were better than zeros, and the difference will change nothing. Try a lower "
+                "`learning_rate`, more steps, another `init`, or float32."
             )
         return best, loss
 
@@ -1473,9 +1474,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
             difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that
                 begin as words of A' seldom know: swap `before` and `after` and learn that instead.
-            replace_phrases: leave out of the query's prompt what the prompt of A says and that of A' does not, if it is
-                there word for word, so that the tokens need not contradict it. Differences remember these phrases, as
-                `metadata["lost_phrases"]`.
+            replace_phrases: leave out of the query's prompt what the prompt of A says and that of A' does not, if it
+                is there word for word, so that the tokens need not contradict it. Differences remember these phrases,
+                as `metadata["lost_phrases"]`.
             prompt: describes the query, one for each image. Left out, the captioner writes it.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.

@@ -143,6 +143,8 @@ def test_common_phrases_keep_the_words_that_every_pair_has():
         ("a cabin on a hill", ["on a"], "a cabin on a hill"),  # of short words alone, which are everywhere
         ("a cabin on a hill", ["red cabin"], "a cabin on a hill"),
         ("a cabin (old) by day", ["cabin ( old )"], "a by day"),
+        ("a tent, with a moon", [", with a moon"], "a tent"),
+        ("a moon, with a tent", ["moon ,"], "a with a tent"),
         ("a cabin", [], "a cabin"),
     ],
 )
