@@ -30,6 +30,7 @@ import datetime
 import difflib
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import tempfile
@@ -74,6 +75,10 @@ NUM_WORD_CANDIDATES = 8  # words of CLIP's that the UNet chooses from
 # How much it counts that a word draws A badly. On 48 pairs of Storybook the word was right 45 times at 0, 48 times at
 # 0.25, 0.5 and 0.75, and 47 times at 1; the nearest to CLIP was right 40 times.
 WORD_CONTRAST = 0.5
+# Words that alone say nothing of a picture, so that captions which differ by them alone do not differ.
+FUNCTION_WORDS = frozenset(
+    "a an the and or of in on at by to with from for as is are was were be it its this that".split()
+)
 # How far out random tokens begin, in standard deviations of the vocabulary. Of rows near zero a text encoder sees, after
 # its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
 # that they break, and learn what is in it instead of what changed.
@@ -166,30 +171,46 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
 
 
 def changed_phrases(before: str, after: str) -> tuple[list[str], list[str]]:
-    """What only one of two prompts says: the runs of words that `after` lost, and those that it gained, in order."""
+    """What only one of two prompts says: the runs of words that `after` lost, and those that it gained, in order.
+
+    Runs of nothing but signs and words like "with" and "the" are left out: they say nothing of the pictures.
+    """
     first, second = (re.findall(r"\w+|[^\w\s]", prompt.lower()) for prompt in (before, after))
     lost, gained = [], []
     for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, first, second, False).get_opcodes():
         if kind != "equal":
-            lost.append(" ".join(first[start:end]))
-            gained.append(" ".join(second[new_start:new_end]))
-    return [phrase for phrase in lost if phrase], [phrase for phrase in gained if phrase]
+            lost.append(first[start:end])
+            gained.append(second[new_start:new_end])
+    lost, gained = ([" ".join(run) for run in side if any(map(_says_something, run))] for side in (lost, gained))
+    return lost, gained
+
+
+def _says_something(word: str) -> bool:
+    return word not in FUNCTION_WORDS and word.isalnum()
 
 
 def common_phrases(phrases: Sequence[list[str]]) -> list[str]:
-    """The first list's phrases, of their words those that every list has somewhere."""
+    """The first list's phrases, cut where a word is that another list has nowhere."""
     words = [set(" ".join(line).split()) for line in phrases]
-    common = (" ".join(word for word in phrase.split() if all(word in w for w in words)) for phrase in phrases[0])
-    return [phrase for phrase in common if phrase]
+    common = []
+    for phrase in phrases[0]:
+        runs = itertools.groupby(phrase.split(), key=lambda word: all(word in w for w in words))
+        common += [list(run) for everywhere, run in runs if everywhere]
+    return [" ".join(run) for run in common if any(map(_says_something, run))]
+
+
+def _spaced(word: str, following: str) -> str:
+    """A pattern for a word and the space after it, which signs do without."""
+    return re.escape(word) + (r"\s+" if word.isalnum() and following.isalnum() else r"\s*")
 
 
 def without_phrases(prompt: str, phrases: Sequence[str]) -> str:
-    """A prompt without these phrases, wherever it has them whole. Those of only short words ("on a") stay."""
-    for phrase in phrases:
-        if re.search(r"\w{3}", phrase):
-            pattern = r"\s*".join(map(re.escape, phrase.split()))
-            whole = rf"(?:(?<!\w)|(?=\W)){pattern}(?:(?!\w)|(?<=\W))\s*"
-            prompt = re.sub(whole, "", prompt, flags=re.IGNORECASE)
+    """A prompt without these phrases, wherever it has them whole."""
+    for phrase in filter(str.strip, phrases):
+        words = phrase.split()
+        pattern = "".join(map(_spaced, words[:-1], words[1:])) + re.escape(words[-1])
+        whole = rf"(?:(?<!\w)|(?=\W)){pattern}(?:(?!\w)|(?<=\W))\s*"
+        prompt = re.sub(whole, "", prompt, flags=re.IGNORECASE)
     return prompt.strip()
 
 
@@ -223,6 +244,7 @@ class DifferenceTokens:
                 metadata[first], metadata[second] = metadata[second], metadata[first]
         if scale == 0:
             metadata.pop("lost_phrases", None)
+            metadata.pop("gained_phrases", None)
         return DifferenceTokens({name: rows * scale for name, rows in self.embeddings.items()}, metadata)
 
     __rmul__ = __mul__
@@ -237,7 +259,8 @@ class DifferenceTokens:
         common = ("base_model", "prediction_type", "embedding_fingerprint")
         metadata = {k: v for k, v in self.metadata.items() if k in common and other.metadata.get(k) == v}
         for key in ("lost_phrases", "gained_phrases"):
-            if phrases := "\n".join(filter(None, (d.metadata.get(key) for d in (self, other)))):
+            acting = (d for d in (self, other) if any(rows.any() for rows in d.embeddings.values()))
+            if phrases := "\n".join(filter(None, (d.metadata.get(key) for d in acting))):
                 metadata[key] = phrases
         return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs}, metadata)
 
@@ -257,7 +280,7 @@ class DifferenceTokens:
             count: words for each token, at least 1.
 
         Returns:
-            For each token its words and their cosines, -1 to 1, the nearest first. At 1 a token is that word.
+            For each token its words and their cosines, -1 to 1, nearest first. At 1 a token points as that word does.
 
         Raises:
             ValueError: if `count` is below 1, or no tokens have the text encoder's width.
@@ -617,7 +640,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 f"`lambda_clip` is {lambda_clip} and `lambda_tc` is {lambda_tc}; both must be at least 0, "
                 "and one of them more."
             )
-        if lambda_before < 0:
+        if not lambda_before >= 0:
             raise ValueError(f"`lambda_before` is {lambda_before}; it must be at least 0.")
         if num_optimization_steps < 1:
             raise ValueError(f"`num_optimization_steps` is {num_optimization_steps}; it must be at least 1.")
@@ -849,21 +872,22 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
         Args:
             prompts: `batch` strings.
-            rows: difference tokens, (batch, num_tokens, dim), on the device that the model runs on, or None.
+            rows: difference tokens, (batch, num_tokens, dim), or None.
 
         Returns:
             The text encoder's hidden states, (batch, length, dim), in the UNet's dtype.
         """
         rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
+        return self._encode(prompts, rows.to(self._execution_device))
+
+    def _encode(self, prompts: list[str], rows: torch.Tensor) -> torch.Tensor:
+        """The same for rows that are on the device, which took a fifth of learning's time to find at every step."""
         input_ids, slots = self._place_rows(prompts, rows.shape[1], rows.device)
         with inserted_rows(self.text_encoder.get_input_embeddings(), slots, rows):
             return self.text_encoder(input_ids)[0].to(self.unet.dtype)
 
     def _place_rows(self, prompts: list[str], num_rows: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length).
-
-        The device is asked for because to find it anew at every step took a fifth of the time that learning took.
-        """
+        """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length)."""
         tokenizer, length = self.tokenizer, self.tokenizer.model_max_length
         room = length - 2 - num_rows
         input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
@@ -966,8 +990,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         r"""
         Learns what changed from `before` to `after` (paper, section 4).
 
-        Stopping it early loses nothing: on Ctrl-C, or when a callback sets `pipe._interrupt = True`, the best tokens so
-        far are returned.
+        Stopping it early loses nothing: on Ctrl-C once its steps have begun, or when a callback sets
+        `pipe._interrupt = True`, the best tokens so far are returned.
 
         Args:
             before: the image before the change, or several; PIL images of any mode and size, arrays or tensors.
@@ -988,7 +1012,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 paper has 1; at 0 a step needs half the UNet's work.
             init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, or, if it has only
                 lost some, as those, negated. `"clip"`: as the word that CLIP and the UNet see in the images' change,
-                whatever the prompts say; `"prompts"` does likewise where they do not differ, if `lambda_clip` is not
+                whatever the prompts say, for which CLIP reads its whole vocabulary; `"prompts"` does likewise where they do not differ, if `lambda_clip` is not
                 0. Rows without a word are random. `"random"`: three times as far out as the vocabulary's rows.
                 `"zeros"`: the paper's, section 4.4, which worked less well here.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
@@ -1221,6 +1245,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             )
             judge(tokens)
         loss, best = min(candidates, key=lambda candidate: candidate[0])
+        if not np.isfinite(loss):
+            logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
         if not best.any():
             logger.warning(
                 "No tokens were better than zeros, and the difference will change nothing. Try a lower "
@@ -1272,9 +1298,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         Both are (images, samples, channels, height, width): every image under every noise of the draw.
         """
         images, samples = len(prompts), len(draw.timesteps)
-        latents, prompt_embeds = (
-            x.repeat_interleave(samples, dim=0) for x in (latents, self.encode_prompt(prompts, rows))
-        )
+        latents, prompt_embeds = (x.repeat_interleave(samples, dim=0) for x in (latents, self._encode(prompts, rows)))
         noise, timesteps = draw.noise.repeat(images, 1, 1, 1), draw.timesteps.repeat(images)
         # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
         training_schedule = DDPMScheduler.from_config(self.scheduler.config)

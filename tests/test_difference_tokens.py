@@ -53,6 +53,9 @@ def test_arithmetic_keeps_what_a_difference_takes_the_place_of():
     assert (one + other).metadata == {"lost_phrases": "cabin\nred\nby day", "gained_phrases": "castle\nat night"}
     assert (one + -0.5 * other).metadata["lost_phrases"] == "cabin\nred\nat night"
     assert (0 * one + other).metadata["lost_phrases"] == "by day"
+    assert (-(0 * one + other)).metadata["lost_phrases"] == "at night"
+    nothing = DifferenceTokens({"<difference>": torch.zeros(1, 4)}, dict(one.metadata))
+    assert (nothing + other).metadata["lost_phrases"] == "by day"
 
 
 def test_a_sum_has_the_rows_of_both_one_after_the_other(tokens):

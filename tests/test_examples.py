@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from analogies import judge, random_analogy
-from baselines import load_instruct, visii_instruction
+from baselines import load_instruct, picture_latents, visii_instruction
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
@@ -139,7 +139,7 @@ def test_instruct_pix2pix_starts_as_storybook_and_learns_to_look_at_the_picture(
     assert unet.conv_in.weight.grad[:, 4:].any()
 
 
-def test_visii_moves_a_caption_to_an_instruction_that_the_stock_pipeline_takes(storybook, tmp_path):
+def test_visii_makes_of_a_caption_an_instruction_that_draws_after_from_before_better(storybook, tmp_path):
     build_instruct_unet(SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))).save_pretrained(tmp_path)
     instruct = load_instruct(storybook, tmp_path)
     before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
@@ -147,16 +147,35 @@ def test_visii_moves_a_caption_to_an_instruction_that_the_stock_pipeline_takes(s
     start, end = (
         visii_instruction(storybook, instruct, *pair, torch.Generator().manual_seed(0), steps) for steps in (0, 30)
     )
+    assert start.shape == end.shape == (1, 40, 128)
+    scheduler, times = instruct.scheduler, torch.arange(20, 1000, 49)
+    noise = torch.randn(len(times), 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    picture, clean = (picture_latents(storybook, image) for image in pair)
+    clean = clean * storybook.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def error(instruction) -> float:
+        noisy = torch.cat([scheduler.add_noise(clean, noise, times), picture.expand_as(noise)], dim=1)
+        predicted = instruct.unet(noisy, times, instruction.expand(len(times), -1, -1)).sample
+        return float((predicted - scheduler.get_velocity(clean, noise, times)).square().mean())
+
+    assert error(end) < error(start)
     asked = {"image": pair[0], "num_inference_steps": 2, "guidance_scale": 1.5, "image_guidance_scale": 1.0}
-    assert start.shape == end.shape == (1, 40, 128) and torch.isfinite(end).all()
-    assert 0.005 < (end - start).abs().max() < 0.1  # thirty steps of a thousandth
     assert instruct(prompt_embeds=end, **asked).images[0].size == (128, 128)
 
 
-def test_benchmark_refuses_visii_without_the_unet_that_it_learns_for():
-    command = [sys.executable, str(ROOT / "examples" / "storybook" / "benchmark.py"), "--visii"]
+@pytest.mark.parametrize(
+    "given, missing",
+    [
+        (["--visii"], "--instruct"),
+        (["--visii", "--instruct", "folder", "--unsaid"], "--unsaid"),
+        (["--others-only", "--paper"], "--paper"),
+    ],
+)
+def test_benchmark_refuses_options_that_do_not_go_together(given, missing):
+    command = [sys.executable, str(ROOT / "examples" / "storybook" / "benchmark.py"), *given]
     run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2 and "--instruct" in run.stderr
+    assert run.returncode == 2 and missing in run.stderr.splitlines()[-1]
 
 
 def test_benchmark_refuses_a_setting_that_the_pipeline_does_not_have():

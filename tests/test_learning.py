@@ -162,6 +162,15 @@ def test_learning_that_goes_wrong_gives_nothing_worse_than_no_difference(pipe, p
     assert loss_on_a_fixed_set(pipe, pair, rows) <= 1.01 * at_first
 
 
+def test_learning_without_one_finite_loss_is_said_and_gives_back_the_words_it_began_with(pipe, pair):
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    with logged() as lines:
+        difference = learn(pipe, pair, init="prompts", num_tokens=4)
+    torch.testing.assert_close(rows_of(difference), words_of(pipe, "yellow castle on snow"))
+    assert any("finite" in line and "float32" in line for line in lines)
+
+
 # ------------------------------------------------------------------------------------------- what can be chosen
 
 

@@ -77,6 +77,7 @@ PAPER = {
     "inversion": "ddim",
     "strength": 0.9,
     "guidance_scale": 2.5,
+    "replace_phrases": False,
 }
 SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
 # The text's guidance of 2 and 4 and the picture's of 1 and 1.5 were tried on 12 analogies of seed 301.
@@ -307,6 +308,10 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.visii and not options.instruct:
         parser.error("--visii learns an instruction for the UNet of --instruct; give that too")
+    if options.visii and options.unsaid:
+        parser.error("--visii begins at the captioner's words, which say what --unsaid leaves out")
+    if options.others_only and (options.config or options.paper):
+        parser.error("--others-only leaves out what --config and --paper ask for")
     configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
     options.configs = [] if options.others_only else configs
     return options
