@@ -1054,7 +1054,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             delta = self._clip_delta(examples, befores, afters, alpha) if lambda_clip > 0 else None
             goal = _Goal(examples, delta, lambda_clip, lambda_tc, lambda_before)
             # 3. The tokens
-            words = self._changed_words(examples, num_tokens if init == "prompts" else 0)
+            lost, gained = self._changed_phrases(examples)
+            words = self._word_rows(lost, gained, num_tokens if init == "prompts" else 0)
             if init == "clip" or (init == "prompts" and not len(words) and lambda_clip > 0):
                 words = self._seen_word(examples, befores, afters, generator)
             if learning_rate is None:
@@ -1070,7 +1071,6 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 callback_on_optimization_step,
             )
         self.maybe_free_model_hooks()
-        lost, gained = self._changed_phrases(examples)
         settings = {
             "num_tokens": num_tokens,
             "steps": num_optimization_steps,
@@ -1118,7 +1118,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
         return [_Example(*part) for part in parts]
 
-    def _changed_words(self, examples: list[_Example], num_tokens: int) -> torch.Tensor:
+    def _word_rows(self, lost: list[str], gained: list[str], num_tokens: int) -> torch.Tensor:
         """What the captions say has changed, in the tokens' own space, (up to num_tokens, dim).
 
         That is the words of A' that A's prompt does not have, or, where there are none, those that it lost, negated.
@@ -1126,12 +1126,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         those that all pairs have. Both kinds at once would make a difference that runs backwards as well, and runs
         forwards less well: a negated noun is often heard as a noun.
         """
-        lost, gained = self._changed_phrases(examples)
         words = self.tokenizer(" ".join(gained or lost), add_special_tokens=False).input_ids
         rows = self.text_encoder.get_input_embeddings().weight[words].float() * (1 if gained else -1)
         return rows[max(0, len(rows) - num_tokens) :]
 
     def _changed_phrases(self, examples: list[_Example]) -> tuple[list[str], list[str]]:
+        """What the prompts of every pair lost, and what they gained."""
         sides = zip(*(changed_phrases(e.before_prompt, e.after_prompt) for e in examples), strict=True)
         lost, gained = map(common_phrases, sides)
         return lost, gained
