@@ -167,6 +167,21 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
     return errors[0] + lambda_before * errors[1:].sum()
 
 
+def nearest_rows(rows: torch.Tensor, table: torch.Tensor, count: int = 1) -> torch.return_types.topk:
+    """Cosines with the rows of `table` (words, dim) that point most nearly where `rows` (num_tokens, dim) do, and which
+    these are, both (num_tokens, count)."""
+    return (F.normalize(rows.float(), dim=-1) @ F.normalize(table.float(), dim=-1).T).topk(min(count, len(table)))
+
+
+def projected(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The nearest rows of `table`, through which gradients pass as if they were the given ones.
+
+    The projection of "Hard Prompts Made Easy" (Wen et al., 2023).
+    """
+    nearest = table[nearest_rows(rows.detach(), table).indices[:, 0]]
+    return rows + (nearest - rows).detach()
+
+
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
@@ -238,7 +253,8 @@ class DifferenceTokens:
         return f"DifferenceTokens({shapes}{'; ' + ' → '.join(story) if story else ''})"
 
     def __mul__(self, scale: float) -> "DifferenceTokens":
-        metadata = {name: value for name, value in self.metadata.items() if name != "loss"}
+        changed = ("loss",) if scale == 1 else ("loss", "token_ids")
+        metadata = {name: value for name, value in self.metadata.items() if name not in changed}
         for first, second in (("before_prompt", "after_prompt"), ("lost_phrases", "gained_phrases")):
             if scale < 0 and {first, second} <= metadata.keys():
                 metadata[first], metadata[second] = metadata[second], metadata[first]
@@ -262,6 +278,8 @@ class DifferenceTokens:
             acting = (d for d in (self, other) if any(rows.any() for rows in d.embeddings.values()))
             if phrases := "\n".join(filter(None, (d.metadata.get(key) for d in acting))):
                 metadata[key] = phrases
+        if all("token_ids" in d.metadata for d in (self, other)):
+            metadata["token_ids"] = f"{self.metadata['token_ids']} {other.metadata['token_ids']}"
         return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs}, metadata)
 
     def to(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> "DifferenceTokens":
@@ -291,13 +309,28 @@ class DifferenceTokens:
         fitting = [rows for rows in self.embeddings.values() if rows.shape[1] == table.shape[1]]
         if not fitting:
             raise ValueError(f"`text_encoder` has embeddings of size {table.shape[1]}, and this is {self!r}.")
-        special = torch.tensor(tokenizer.all_special_ids, device=table.device)
-        cosines = F.normalize(fitting[0].to(table)) @ F.normalize(table).T
-        nearest = cosines.index_fill(1, special, -2.0).topk(min(count, len(table) - len(special)))
-        found = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+        words = sorted(set(range(len(table))) - set(tokenizer.all_special_ids))
+        nearest = nearest_rows(fitting[0].to(table), table[words], count)
+        names = [[_written(tokenizer, [words[i]]) for i in row] for row in nearest.indices]
         return [
-            [(tokenizer.decode(i).removesuffix("</w>").strip(), c) for i, c in zip(*row, strict=True)] for row in found
+            list(zip(row, cosines, strict=True)) for row, cosines in zip(names, nearest.values.tolist(), strict=True)
         ]
+
+    def to_text(self, tokenizer: CLIPTokenizer) -> str:
+        """The difference as plain words, to be put behind any prompt, also of a model that takes nothing but text.
+
+        Args:
+            tokenizer: the base model's.
+
+        Raises:
+            ValueError: if the tokens are not words: they were learned with `projection="soft"`, or scaled.
+        """
+        if "token_ids" not in self.metadata:
+            raise ValueError(
+                f'{self!r} is not made of words. Learn it with `projection="hard"`, and give it no scale; '
+                "`nearest_words` says what other tokens are near."
+            )
+        return _written(tokenizer, [int(index) for index in self.metadata["token_ids"].split()])
 
     def save(self, path: Union[str, os.PathLike]) -> Path:
         """Writes one safetensors file that stock `load_textual_inversion` and ComfyUI read too.
@@ -363,6 +396,11 @@ class DifferenceTokens:
                 f"{FILE_FORMAT_VERSION}. Update pipeline_difference_inversion.py."
             )
         return cls(embeddings, metadata)
+
+
+def _written(tokenizer: CLIPTokenizer, ids: list[int]) -> str:
+    """Tokens as text; some versions of the tokenizer leave the last word's mark of its end."""
+    return tokenizer.decode(ids).replace("</w>", " ").strip()
 
 
 def _what_a_file_is(path: Path) -> str:
@@ -517,13 +555,15 @@ class _Draw:
 
 @dataclass
 class _Goal:
-    """What the tokens are learned for (equation 10): pairs, the delta (dim,) if CLIP counts, and the weights."""
+    """What the tokens are learned for (equation 10): pairs, the delta (dim,) if CLIP counts, and the weights; and, if
+    they are to be words, the rows (words, dim) that they may be."""
 
     examples: list[_Example]
     delta: Optional[torch.Tensor]
     lambda_clip: float
     lambda_tc: float
     lambda_before: float
+    vocabulary: Optional[torch.Tensor] = None
 
 
 # ------------------------------------------------------------------------------------------------- the pipeline
@@ -612,6 +652,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         lambda_tc,
         lambda_before,
         init,
+        projection="soft",
         num_samples_per_step=1,
         height=None,
         width=None,
@@ -653,6 +694,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
         if init not in ("prompts", "clip", "random", "zeros"):
             raise ValueError(f"`init` is {init!r}; it is 'prompts', 'clip', 'random' or 'zeros' (the paper's).")
+        if projection not in ("soft", "hard"):
+            raise ValueError(f"`projection` is {projection!r}; it is 'soft' (any rows) or 'hard' (words).")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x "
@@ -983,6 +1026,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         lambda_tc: float = 6.0,
         lambda_before: float = 0.0,
         init: str = "prompts",
+        projection: str = "soft",
         num_samples_per_step: int = 2,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
@@ -1015,6 +1059,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 whatever the prompts say, for which CLIP reads its whole vocabulary; `"prompts"` does likewise where they do not differ, if `lambda_clip` is not
                 0. Rows without a word are random. `"random"`: three times as far out as the vocabulary's rows.
                 `"zeros"`: the paper's, section 4.4, which worked less well here.
+            projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
+                pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
+                words there are no more of them than it found.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
@@ -1040,6 +1087,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_tc,
             lambda_before,
             init,
+            projection,
             num_samples_per_step,
             height,
             width,
@@ -1052,15 +1100,19 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             examples = self._prepare_examples(befores, afters, before_prompt, after_prompt, height, width)
             # 2. What CLIP says has changed
             delta = self._clip_delta(examples, befores, afters, alpha) if lambda_clip > 0 else None
-            goal = _Goal(examples, delta, lambda_clip, lambda_tc, lambda_before)
+            hard = projection == "hard"
+            allowed = self._vocabulary_words() if hard else None
+            vocabulary = self.text_encoder.get_input_embeddings().weight[allowed].float() if hard else None
+            goal = _Goal(examples, delta, lambda_clip, lambda_tc, lambda_before, vocabulary)
             # 3. The tokens
             lost, gained = self._changed_phrases(examples)
             words = self._word_rows(lost, gained, num_tokens if init == "prompts" else 0)
             if init == "clip" or (init == "prompts" and not len(words) and lambda_clip > 0):
                 words = self._seen_word(examples, befores, afters, generator)
             if learning_rate is None:
-                learning_rate = LEARNING_RATE_FROM_WORDS if len(words) else LEARNING_RATE
-            tokens = self._initial_tokens(num_tokens, init, words, generator)
+                learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
+            num_rows = len(words) if hard and len(words) else num_tokens  # random words would say what nobody meant
+            tokens = self._initial_tokens(num_rows, init, words, generator)
             tokens, loss = self._optimize(
                 tokens,
                 goal,
@@ -1071,8 +1123,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 callback_on_optimization_step,
             )
         self.maybe_free_model_hooks()
+        if hard:
+            nearest = nearest_rows(tokens, vocabulary).indices[:, 0]
+            tokens, token_ids = vocabulary[nearest], allowed[nearest].tolist()
         settings = {
-            "num_tokens": num_tokens,
+            "num_tokens": len(tokens),
             "steps": num_optimization_steps,
             "learning_rate": learning_rate,
             "alpha": alpha,
@@ -1080,6 +1135,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "lambda_tc": lambda_tc,
             "lambda_before": lambda_before,
             "init": init,
+            "projection": projection,
             "loss": f"{loss:.6g}",
             "seed": "" if generator is None else generator.initial_seed(),
             "before_prompt": examples[0].before_prompt,
@@ -1087,6 +1143,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "lost_phrases": "\n".join(lost),
             "gained_phrases": "\n".join(gained),
         }
+        if hard:
+            settings["token_ids"] = " ".join(map(str, token_ids))
         return DifferenceTokens({DEFAULT_TOKEN: tokens.cpu()}, self._metadata(settings))
 
     def _metadata(self, settings: dict[str, Any]) -> dict[str, str]:
@@ -1143,7 +1201,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         the prompt of A, it draws A' best and A worst.
         """
         delta = (self._clip_image_features(afters) - self._clip_image_features(befores)).mean(0)
-        words = self._vocabulary_words()
+        words = self._vocabulary_words(fewest_letters=3)
         if not delta.any() or not len(words):
             return self._rows(None)
         nearest = words[(self._clip_word_features(words) @ delta).topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
@@ -1164,11 +1222,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         logger.info("The tokens begin at the word %r.", self.tokenizer.decode(best))
         return table[best : best + 1].float()
 
-    def _vocabulary_words(self) -> torch.Tensor:
-        """Ids of the vocabulary's whole words of three letters or more."""
-        vocab = self.tokenizer.get_vocab().items()
-        words = [index for token, index in vocab if re.fullmatch("[a-z]{3,}</w>", token)]
-        return torch.tensor(words, device=self._execution_device)
+    def _vocabulary_words(self, fewest_letters: int = 1) -> torch.Tensor:
+        """Ids of the vocabulary's whole words, which text of them gives back."""
+        pattern = re.compile(f"[a-z]{{{fewest_letters},}}</w>")
+        vocab = {token[:-4]: index for token, index in self.tokenizer.get_vocab().items() if pattern.fullmatch(token)}
+        read = self.tokenizer(list(vocab), add_special_tokens=False).input_ids if vocab else []
+        words = [index for index, ids in zip(vocab.values(), read, strict=True) if ids == [index]]
+        return torch.tensor(words, dtype=torch.long, device=self._execution_device)
 
     def _clip_word_features(self, words: torch.Tensor) -> torch.Tensor:
         """CLIP's text embeddings (words, dim) at unit length, of single tokens."""
@@ -1204,8 +1264,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         The loss of a step says more about the noises and time steps that it happened to draw than about the tokens.
         """
         tokens = tokens.requires_grad_(True)
-        optimizer = torch.optim.Adam([tokens], lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_optimization_steps)
+        optimizer, schedule = self._optimizer(tokens, learning_rate, num_optimization_steps)
         probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
         judge_every = max(1, num_optimization_steps // 10)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
@@ -1227,7 +1286,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 tokens.grad /= scale
                 if tokens.grad.isfinite().all():
                     optimizer.step()
-                schedule.step()
+                    schedule.step()
                 optimizer.zero_grad()
                 values = {name: float(value) for name, value in losses.items()}
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
@@ -1254,17 +1313,28 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             )
         return best, loss
 
+    def _optimizer(self, tokens: torch.Tensor, learning_rate: float, num_steps: int) -> tuple:
+        """What takes the steps, and what lowers the learning rate from one to the next."""
+        optimizer = torch.optim.Adam([tokens], lr=learning_rate)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+
     def _losses(self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal) -> dict[str, torch.Tensor]:
         """Equation 10 and its two parts; a part of weight zero is not computed."""
         losses = {"loss": 0.0}
+        if goal.vocabulary is not None:
+            tokens = projected(tokens, goal.vocabulary)
         if goal.lambda_clip > 0:
-            losses["clip_loss"] = clip_loss(self._clip_text_features([""], tokens[None])[0], goal.delta)
+            losses["clip_loss"] = clip_loss(self._token_features(tokens, example), goal.delta)
             losses["loss"] = losses["loss"] + goal.lambda_clip * losses["clip_loss"]
         if goal.lambda_tc > 0:
             loss = self._token_consistency_loss(tokens, example, draw, goal.lambda_before)
             losses["token_consistency_loss"] = loss
             losses["loss"] = losses["loss"] + goal.lambda_tc * losses["token_consistency_loss"]
         return losses
+
+    def _token_features(self, tokens: torch.Tensor, example: _Example) -> torch.Tensor:
+        """What is to point where the delta does, (dim,): CLIP's text embedding of the tokens alone (Figure 3)."""
+        return self._clip_text_features([""], tokens[None])[0]
 
     def _judge(self, tokens: torch.Tensor, goal: _Goal, probe: _Draw) -> float:
         losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
@@ -1472,6 +1542,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         lambda_tc: float = 6.0,
         lambda_before: float = 0.0,
         init: str = "prompts",
+        projection: str = "soft",
         num_samples_per_step: int = 2,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
@@ -1519,6 +1590,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             lambda_tc: weight of the token consistency loss.
             lambda_before: weight in it of the way back, from A' to A.
             init: `"prompts"`, `"clip"`, `"random"` or `"zeros"`.
+            projection: `"soft"`, or `"hard"` for tokens that are words.
             num_samples_per_step: noises and time steps drawn at each step of learning.
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
@@ -1583,6 +1655,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "lambda_tc": lambda_tc,
             "lambda_before": lambda_before,
             "init": init,
+            "projection": projection,
             "num_samples_per_step": num_samples_per_step,
         }
         learns = before is not None or after is not None

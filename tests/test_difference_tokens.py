@@ -131,6 +131,20 @@ def test_nearest_words_says_what_does_not_fit(pipe, width, count, complaint):
         tokens.nearest_words(pipe.tokenizer, pipe.text_encoder, count)
 
 
+def test_words_are_text_until_they_are_scaled(pipe):
+    def words(text: str) -> DifferenceTokens:
+        ids = pipe.tokenizer(text, add_special_tokens=False).input_ids
+        rows = pipe.text_encoder.get_input_embeddings().weight.detach()[ids]
+        return DifferenceTokens({"<difference>": rows}, {"token_ids": " ".join(map(str, ids))})
+
+    castle, night = words("castle"), words("night")
+    assert castle.to_text(pipe.tokenizer) == "castle"
+    assert (castle + 1.0 * night).to_text(pipe.tokenizer) == "castle night"
+    for other in (-castle, 0.5 * castle, castle + random_tokens()):
+        with pytest.raises(ValueError, match="not made of words.*hard"):
+            other.to_text(pipe.tokenizer)
+
+
 def test_a_saved_difference_loads_as_it_was(tokens, tmp_path):
     path = tokens.save(tmp_path / "cabin_to_castle.safetensors")
     loaded = DifferenceTokens.load(path)

@@ -266,6 +266,36 @@ def test_words_are_learned_from_more_carefully_than_random_rows(pipe, pair):
     assert rates == ["0.001", "0.001", "0.01"]
 
 
+@pytest.mark.parametrize("init", ["prompts", "random"])
+def test_hard_tokens_are_words_that_say_the_same_as_text(pipe, pair, init):
+    difference = learn(pipe, pair, init=init, projection="hard", num_tokens=3)
+    text = difference.to_text(pipe.tokenizer)
+    written = pipe.encode_prompt([f"a red cabin {text}"])
+    torch.testing.assert_close(pipe.encode_prompt(["a red cabin"], rows_of(difference)[None]), written)
+    if init == "prompts":
+        assert text == "castle on snow"
+
+
+def test_hard_tokens_are_words_while_they_are_learned_too(pipe, pair):
+    """The loss that chose them is that of the words, which they move between."""
+    options = {"init": "random", "projection": "hard", "num_tokens": 2, "learning_rate": 0.5}
+    with logged() as lines:
+        difference = learn(pipe, pair, steps=40, **options)
+    begun = learn(pipe, pair, steps=1, **options | {"learning_rate": 1e-9})
+    assert difference.to_text(pipe.tokenizer) != begun.to_text(pipe.tokenizer)
+    assert float(difference.metadata["loss"]) < float(begun.metadata["loss"])
+    again = learn(pipe, pair, steps=1, **options | {"learning_rate": 1e-9})
+    assert begun.metadata["loss"] == again.metadata["loss"] and not lines
+
+
+def test_hard_tokens_begin_as_the_words_that_were_found_and_no_others(pipe, pair):
+    difference = learn(
+        pipe, pair | {"after_prompt": "a yellow cabin"}, init="prompts", projection="hard", num_tokens=4
+    )
+    assert difference.to_text(pipe.tokenizer) == "yellow"
+    assert difference.metadata["num_tokens"] == "1"
+
+
 def test_the_same_seed_learns_the_same_tokens_and_another_seed_others(pipe, pair):
     first, again, other = (rows_of(learn(pipe, pair, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)

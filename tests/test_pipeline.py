@@ -873,6 +873,7 @@ BAD_LEARNING = {
     "no tokens": ({"num_tokens": 0}, ValueError, "`num_tokens`.*0"),
     "more tokens than fit": ({"num_tokens": 39}, ValueError, "`num_tokens`.*39.*38"),
     "no learning rate": ({"learning_rate": 0.0}, ValueError, "`learning_rate`"),
+    "an unknown projection": ({"projection": "medium"}, ValueError, "`projection`.*medium.*hard"),
     "an unknown init": ({"init": "ones"}, ValueError, "`init`.*ones.*zeros"),
 }
 BAD_LEARNING_ALONE = {

@@ -20,6 +20,8 @@ Other settings, several at once on the same analogies, each `--config` one row o
 
     python examples/storybook/benchmark.py --seed 301 --config --config num_tokens=8 --config init=zeros guidance_scale=2
 
+`--config variant=NAME` is another way of learning, one of those of variants.py.
+
 `--output FILE.jsonl` keeps every verdict as it comes, and `--sheet FILE.png` shows the first twelve analogies: A, A', B,
 the answer of each configuration, the oracle's, and the target; `--failures FILE.png` the first twelve that went wrong.
 `accelerate launch --multi_gpu --num_processes 2` in place of `python` shares the analogies out between two GPUs, or, with
@@ -58,12 +60,14 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
+from variants import VARIANTS, variant_of  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
 
 
 APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
 NO_CHANGE = "no change"
+VARIANT = "variant"
 # The paper says zeros, alpha and the two weights, but not which is which. The rest it leaves open: tokens, steps, strength
 # and guidance are what this project used with DDIM inversion, and were not searched for this configuration.
 PAPER = {
@@ -153,7 +157,9 @@ def methods(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, opt
     for config in options.configs:
         pair = {"image": query, "before": before, "after": after}
         pair |= unsaid_prompts(analogy) if options.unsaid else {}
-        ours[name_of(config)] = functools.partial(ask, pipe, **pair | config)
+        asked = {name: value for name, value in config.items() if name != VARIANT}
+        learner = variant_of(pipe, config[VARIANT]) if VARIANT in config else pipe
+        ours[name_of(config)] = functools.partial(ask, learner, **pair | asked)
         words = {"image": query, "source_prompt": pipe.caption([query]), "prompt": truth}
         references[oracle_name(config, options.configs)] = functools.partial(ask, pipe, **words, **applying(config))
     for strength in options.sdedit:
@@ -275,6 +281,8 @@ def make_sheet(answers: list[Answer]) -> Image.Image:
 
 def parse_setting(text: str) -> tuple[str, object]:
     name, _, value = text.partition("=")
+    if name == VARIANT and value in VARIANTS:
+        return name, value
     if name not in inspect.signature(DifferenceInversionPipeline.__call__).parameters:
         raise argparse.ArgumentTypeError(f"the pipeline has no argument {name!r}")
     try:
