@@ -62,7 +62,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +70,7 @@ logger = logging.get_logger(__name__)
 FILE_FORMAT = "difference-tokens"
 FILE_FORMAT_VERSION = 1
 DEFAULT_TOKEN = "<difference>"
+TWO_ENCODER_TOKENS = ("clip_l", "clip_g")  # as SDXL's embeddings are named in other programs' files
 NUM_PROBE_SAMPLES = 8  # noises and time steps that tokens are judged on
 NUM_WORD_CANDIDATES = 8  # words of CLIP's that the UNet chooses from
 # How much it counts that a word draws A badly. On 48 pairs of Storybook the word was right 45 times at 0, 48 times at
@@ -87,7 +88,13 @@ RANDOM_INIT_SCALE = 3.0
 LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 1e-3
 
 # The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
-MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
+MATCHING_CLIP = {
+    768: "openai/clip-vit-large-patch14",
+    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    1280: "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+}
+# Mean cosine of two models' word embeddings above which one is a copy or a fine-tune of the other.
+SAME_EMBEDDINGS = 0.5
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -424,11 +431,23 @@ def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any) -> None:
             raise ValueError(f"`difference`: {name!r} in {str(source)!r} has values that are not finite.")
 
 
+def _sampled(table: torch.Tensor) -> torch.Tensor:
+    """Evenly spaced rows of an embedding table, by which it is known."""
+    return table.detach()[:: max(1, len(table) // 256)].cpu()
+
+
 def embedding_fingerprint(text_encoder: torch.nn.Module) -> str:
     """Short hash of an evenly spaced sample of a text encoder's token embeddings, the same in fp16 and fp32."""
-    table = text_encoder.get_input_embeddings().weight.detach()
-    sample = table[:: max(1, len(table) // 256)].to("cpu", torch.float16)
+    sample = _sampled(text_encoder.get_input_embeddings().weight).to(torch.float16)
     return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+
+
+def same_embeddings(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tables (words, dim) are the same model's, whatever their types, or a fine-tune's of it."""
+    if first.shape != second.shape:
+        return False
+    cosines = F.cosine_similarity(_sampled(first).float(), _sampled(second).float(), dim=-1)
+    return bool(cosines.mean() > SAME_EMBEDDINGS)
 
 
 @dataclass
@@ -536,6 +555,44 @@ def image_size(image: Any) -> tuple[int, int]:
 
 
 @dataclass
+class _Encoder:
+    """A text encoder and what goes with it: the CLIP of which it is the text tower, and its tokens' name in a file."""
+
+    token: str
+    tokenizer: CLIPTokenizer
+    model: torch.nn.Module
+    clip: Optional[CLIPModel]
+    clip_name: str
+
+    @property
+    def table(self) -> torch.Tensor:
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+
+@dataclass
+class _Condition:
+    """What the UNet is told of a prompt: its embeddings (batch, length, dim), and SDXL's pooled ones (batch, dim)."""
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: Optional[torch.Tensor] = None
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "_Condition":
+        return _Condition(*(None if embeds is None else change(embeds) for embeds in vars(self).values()))
+
+    def repeat(self, count: int) -> "_Condition":
+        """Each prompt `count` times in a row."""
+        return self.each(lambda embeds: embeds.repeat_interleave(count, dim=0))
+
+    def followed_by(self, other: "_Condition") -> "_Condition":
+        others = iter(vars(other).values())
+        return self.each(lambda embeds: torch.cat([embeds, next(others)]))
+
+
+@dataclass
 class _Example:
     """One before/after pair, ready for the UNet: latents (1, 4, h, w) and prompts."""
 
@@ -555,11 +612,11 @@ class _Draw:
 
 @dataclass
 class _Goal:
-    """What the tokens are learned for (equation 10): pairs, the delta (dim,) if CLIP counts, and the weights; and, if
-    they are to be words, the rows (words, dim) that they may be."""
+    """What the tokens are learned for (equation 10): pairs, the delta (dim,) of each CLIP if they count, and the weights;
+    and, if they are to be words, the rows (words, dim) that they may be."""
 
     examples: list[_Example]
-    delta: Optional[torch.Tensor]
+    deltas: list[torch.Tensor]
     lambda_clip: float
     lambda_tc: float
     lambda_before: float
@@ -582,16 +639,36 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             its configuration, which is all that they use of it.
         clip ([`~transformers.CLIPModel`], *optional*): the full CLIP of the text encoder, for learning with a CLIP
             loss. Applying a difference does without.
-        clip_processor ([`~transformers.CLIPProcessor`], *optional*): prepares images for `clip`.
+        clip_processor ([`~transformers.CLIPProcessor`], *optional*): prepares images for `clip` and `clip_2`.
         captioner ([`~transformers.BlipForConditionalGeneration`], *optional*): writes the prompts that are not given.
         captioner_processor ([`~transformers.BlipProcessor`], *optional*): prepares images for `captioner`.
+        text_encoder_2 ([`~transformers.CLIPTextModelWithProjection`], *optional*): SDXL's second text encoder.
+        tokenizer_2 ([`~transformers.CLIPTokenizer`], *optional*): its tokenizer.
+        clip_2 ([`~transformers.CLIPModel`], *optional*): its full CLIP. Of `clip` and `clip_2` SDXL learns with either or
+            both.
+        force_zeros_for_empty_prompt (`bool`): SDXL's: without a `negative_prompt`, text to image is guided away from
+            embeddings of zero.
     """
 
     model_cpu_offload_seq = "unet->vae"
     # These are called by other methods than forward, where offload hooks do not act, or are needed again by backward.
-    _exclude_from_cpu_offload = ["text_encoder", "clip", "captioner"]
-    _optional_components = ["clip", "clip_processor", "captioner", "captioner_processor"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _exclude_from_cpu_offload = ["text_encoder", "text_encoder_2", "clip", "clip_2", "captioner"]
+    _optional_components = [
+        "clip",
+        "clip_processor",
+        "captioner",
+        "captioner_processor",
+        "text_encoder_2",
+        "tokenizer_2",
+        "clip_2",
+    ]
+    _callback_tensor_inputs = [
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ]
 
     def __init__(
         self,
@@ -604,6 +681,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         clip_processor=None,
         captioner=None,
         captioner_processor=None,
+        text_encoder_2: Optional[CLIPTextModelWithProjection] = None,
+        tokenizer_2: Optional[CLIPTokenizer] = None,
+        clip_2: Optional[CLIPModel] = None,
+        force_zeros_for_empty_prompt: bool = True,
     ):
         super().__init__()
         self.register_modules(
@@ -616,7 +697,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             clip_processor=clip_processor,
             captioner=captioner,
             captioner_processor=captioner_processor,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            clip_2=clip_2,
         )
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
@@ -636,7 +721,26 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         """True once a callback has set `pipe._interrupt`: the running loop ends after its step."""
         return self._interrupt
 
+    @property
+    def _encoders(self) -> list[_Encoder]:
+        """The text encoders: SDXL has two, whose tokens are held side by side in one matrix."""
+        first = (self.tokenizer, self.text_encoder, self.clip, "clip")
+        if self.text_encoder_2 is None:
+            return [_Encoder(DEFAULT_TOKEN, *first)]
+        second = (self.tokenizer_2, self.text_encoder_2, self.clip_2, "clip_2")
+        return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
+
     # ------------------------------------------------------------------------------------------------- checking
+
+    def _check_model(self) -> None:
+        """Raises `ValueError` for a base model that this pipeline cannot tell what to draw."""
+        if self.text_encoder is None:
+            raise ValueError("`text_encoder` is missing; SDXL's refiner has none, and its base model is what to load.")
+        if self.unet.config.get("addition_embed_type") == "text_time" and None in (
+            self.text_encoder_2,
+            self.tokenizer_2,
+        ):
+            raise ValueError("`text_encoder_2` or `tokenizer_2` is missing: SDXL's UNet needs both text encoders.")
 
     def check_learning_inputs(
         self,
@@ -658,6 +762,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         width=None,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
+        self._check_model()
         if before is None or after is None:
             missing = "before" if before is None else "after"
             raise ValueError(
@@ -685,7 +790,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             raise ValueError(f"`lambda_before` is {lambda_before}; it must be at least 0.")
         if num_optimization_steps < 1:
             raise ValueError(f"`num_optimization_steps` is {num_optimization_steps}; it must be at least 1.")
-        room = self.tokenizer.model_max_length - 2
+        room = self._room()
         if not 1 <= num_tokens <= room:
             raise ValueError(f"`num_tokens` is {num_tokens}; the text encoder's window has room for 1 to {room}.")
         if num_samples_per_step < 1:
@@ -698,8 +803,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             raise ValueError(f"`projection` is {projection!r}; it is 'soft' (any rows) or 'hard' (words).")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
-                "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x "
-                f"and 2.x, and its prediction_type is {self.scheduler.config.prediction_type!r}."
+                "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x, "
+                f"2.x and SDXL, and its prediction_type is {self.scheduler.config.prediction_type!r}."
             )
         if lambda_clip > 0:
             self._check_clip("learn with `lambda_clip=0`")
@@ -707,25 +812,34 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             self._check_clip("choose another `init`")
 
     def _check_clip(self, way_out: str) -> None:
-        width = self.text_encoder.config.hidden_size
-        remedy = (
-            f"load it with `CLIPModel.from_pretrained({MATCHING_CLIP[width]!r})` and its `CLIPProcessor`"
-            if width in MATCHING_CLIP
-            else f"load the CLIP whose text tower is this text encoder (width {width})"
-        )
-        for name in ("clip", "clip_processor"):
-            if getattr(self, name) is None:
+        encoders = self._encoders
+        remedies = {
+            e.clip_name: f"`{e.clip_name}=CLIPModel.from_pretrained({MATCHING_CLIP[e.width]!r})`"
+            if e.width in MATCHING_CLIP
+            else f"`{e.clip_name}=` the CLIP whose text tower is this text encoder (width {e.width})"
+            for e in encoders
+        }
+        for name, present in (
+            ("clip", bool(self._encoders_with_clip())),
+            ("clip_processor", self.clip_processor is not None),
+        ):
+            if not present:
                 raise ValueError(
-                    f"`{name}` is missing: learning compares the images by CLIP. For this base model, "
-                    f"{remedy} and pass both to `from_pretrained`, or {way_out}."
+                    f"`{name}` is missing: learning compares the images by CLIP. For this base model give "
+                    f"{' or '.join(remedies.values())} and `clip_processor=`, its `CLIPProcessor`, to "
+                    f"`from_pretrained`, or {way_out}."
                 )
-        table = self.clip.text_model.embeddings.token_embedding.weight
-        own = self.text_encoder.get_input_embeddings().weight
-        if table.shape != own.shape:
-            raise ValueError(
-                f"`clip` has token embeddings of shape {tuple(table.shape)}, and the text encoder "
-                f"{tuple(own.shape)}: it is another CLIP. To match, {remedy}."
-            )
+        for encoder in encoders:
+            if encoder.clip is None:
+                continue
+            table = encoder.clip.text_model.embeddings.token_embedding.weight
+            if not same_embeddings(table, encoder.table):
+                others = [e.clip_name for e in encoders if same_embeddings(table, e.table)]
+                remedy = f"give it as `{others[0]}`" if others else f"give {remedies[encoder.clip_name]}"
+                raise ValueError(
+                    f"`{encoder.clip_name}` has token embeddings of shape {tuple(table.shape)}, and the text encoder "
+                    f"{tuple(encoder.table.shape)} that are not the same: it is another CLIP. To match, {remedy}."
+                )
 
     def _check_prompts(self, name: str, prompts: Any, count: int) -> None:
         if prompts is None:
@@ -761,6 +875,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that applying could not use."""
+        self._check_model()
         if image is None and prompt is None:
             raise ValueError(
                 "`image` is missing: give the query image that the difference is applied to, or a `prompt` "
@@ -806,11 +921,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         shape = self._latents_shape(count * num_images_per_prompt, size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        known = [name for name in self._callback_tensor_inputs if self.text_encoder_2 or "pooled" not in name]
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in known]
         if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; known are {self._callback_tensor_inputs}."
-            )
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; known are {known}.")
         count = len(difference) if isinstance(difference, (list, tuple)) else 1
         if isinstance(difference_scale, (list, tuple)) and len(difference_scale) != count:
             raise ValueError(f"`difference_scale` has {len(difference_scale)} scales for {count} differences.")
@@ -825,11 +939,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         total = scaled[0]
         for more in scaled[1:]:
             total = total + more
-        rows = next(iter(total.embeddings.values()))
-        room = self.tokenizer.model_max_length - 2
+        rows, room = self._rows(total), self._room()
         if len(rows) > room:
             raise ValueError(f"`difference` has {len(rows)} tokens; the text encoder's window has room for {room}.")
         return total
+
+    def _room(self) -> int:
+        """How many difference tokens there is room for, beside a start and an end."""
+        return min(encoder.tokenizer.model_max_length for encoder in self._encoders) - 2
 
     def _check_difference(self, difference: Any) -> DifferenceTokens:
         if isinstance(difference, (str, os.PathLike)):
@@ -842,26 +959,35 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             )
         embeddings = dict(difference.embeddings)
         _check_embeddings(embeddings, "the given tokens")
-        if len(embeddings) != 1:
+        encoders = self._encoders
+        two = len(encoders) == 2
+        if len(embeddings) != len(encoders) or (two and set(embeddings) != set(TWO_ENCODER_TOKENS)):
+            wanted = f"two, whose tokens are named {' and '.join(TWO_ENCODER_TOKENS)}" if two else "one"
             raise ValueError(
-                f"`difference` is for {len(embeddings)} text encoders ({', '.join(embeddings)}); this model has one."
+                f"`difference` is for {len(embeddings)} text encoders ({', '.join(embeddings)}); this model has "
+                f"{wanted}."
             )
-        rows = next(iter(embeddings.values()))
-        width = self.text_encoder.config.hidden_size
-        if rows.shape[1] != width:
-            raise ValueError(
-                f"`difference` has embeddings of size {rows.shape[1]}, and this model's text encoder has "
-                f"{width}: it was learned on another base model."
-            )
+        if len({len(rows) for rows in embeddings.values()}) > 1:
+            raise ValueError(f"`difference` has not as many rows for one text encoder as for the other: {embeddings}.")
+        given = [embeddings[name] for name in TWO_ENCODER_TOKENS] if two else embeddings.values()
+        for rows, encoder in zip(given, encoders, strict=True):
+            if rows.shape[1] != encoder.width:
+                raise ValueError(
+                    f"`difference` has embeddings of size {rows.shape[1]}, and this model's text encoder has "
+                    f"{encoder.width}: it was learned on another base model."
+                )
         learned_on = difference.metadata.get("embedding_fingerprint")
         comparable = self.text_encoder.dtype != torch.bfloat16  # whose rounding changes the fingerprint
-        if learned_on and comparable and learned_on != embedding_fingerprint(self.text_encoder):
+        if learned_on and comparable and learned_on != self._fingerprint():
             logger.warning(
                 "`difference` was learned on another base model (%s) of the same size; it may still work, as "
                 "fine-tuned models share their embedding space.",
                 difference.metadata.get("base_model") or "not named",
             )
         return DifferenceTokens(embeddings, dict(difference.metadata))
+
+    def _fingerprint(self) -> str:
+        return " ".join(embedding_fingerprint(encoder.model) for encoder in self._encoders)
 
     # -------------------------------------------------------------------------------------------------- prompts
 
@@ -883,10 +1009,24 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return [without_phrases(prompt, phrases) for prompt in prompts]
 
     def _rows(self, difference: Optional[DifferenceTokens]) -> torch.Tensor:
-        """A difference's rows (num_tokens, dim) in float32; none where there is no difference."""
+        """A difference's rows (num_tokens, dim) in float32; none where there is no difference.
+
+        Those of two text encoders are side by side, so that dim is the sum of their widths.
+        """
         if difference is None:
-            return torch.zeros(0, self.text_encoder.config.hidden_size, device=self._execution_device)
-        return next(iter(difference.embeddings.values())).to(self._execution_device, torch.float32)
+            return torch.zeros(0, sum(e.width for e in self._encoders), device=self._execution_device)
+        embeddings = difference.embeddings
+        parts = embeddings.values() if len(embeddings) == 1 else [embeddings[name] for name in TWO_ENCODER_TOKENS]
+        return torch.cat([rows.to(self._execution_device, torch.float32) for rows in parts], dim=-1)
+
+    def _by_encoder(self, rows: torch.Tensor) -> list[tuple[_Encoder, torch.Tensor]]:
+        """Each text encoder with its part of the rows (..., dim)."""
+        encoders = self._encoders
+        return list(zip(encoders, rows.split([encoder.width for encoder in encoders], dim=-1), strict=True))
+
+    def _embedded(self, ids: Any) -> torch.Tensor:
+        """The rows (tokens, dim) of the vocabulary's tokens, in float32."""
+        return torch.cat([encoder.table[ids].float() for encoder in self._encoders], dim=-1)
 
     @torch.no_grad()
     def caption(self, images: list) -> list[str]:
@@ -908,30 +1048,49 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             return image
         return self.image_processor.postprocess(self.image_processor.preprocess(image), output_type="pil")[0]
 
-    def encode_prompt(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def encode_prompt(
+        self, prompts: list[str], rows: Optional[torch.Tensor] = None
+    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Encodes [P; D]: each prompt, then its rows, then the end token.
 
         A prompt that leaves too little room is shortened; the rows never are.
 
         Args:
             prompts: `batch` strings.
-            rows: difference tokens, (batch, num_tokens, dim), or None.
+            rows: difference tokens, (batch, num_tokens, dim), or None; of SDXL the first text encoder's and the second's
+                side by side.
 
         Returns:
-            The text encoder's hidden states, (batch, length, dim), in the UNet's dtype.
+            The text encoder's hidden states, (batch, length, dim), in the UNet's dtype; of SDXL those of both encoders
+            side by side, and with them the second's pooled embeddings, (batch, dim).
         """
+        condition = self._condition(prompts, rows)
+        if condition.pooled_prompt_embeds is None:
+            return condition.prompt_embeds
+        return condition.prompt_embeds, condition.pooled_prompt_embeds
+
+    def _condition(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> _Condition:
         rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
         return self._encode(prompts, rows.to(self._execution_device))
 
-    def _encode(self, prompts: list[str], rows: torch.Tensor) -> torch.Tensor:
+    def _encode(self, prompts: list[str], rows: torch.Tensor) -> _Condition:
         """The same for rows that are on the device, which took a fifth of learning's time to find at every step."""
-        input_ids, slots = self._place_rows(prompts, rows.shape[1], rows.device)
-        with inserted_rows(self.text_encoder.get_input_embeddings(), slots, rows):
-            return self.text_encoder(input_ids)[0].to(self.unet.dtype)
+        outputs = []
+        for encoder, part in self._by_encoder(rows):
+            input_ids, slots = self._place_rows(encoder.tokenizer, prompts, part.shape[1], part.device)
+            with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
+                outputs.append(encoder.model(input_ids, output_hidden_states=self.text_encoder_2 is not None))
+        if self.text_encoder_2 is None:
+            return _Condition(outputs[0][0].to(self.unet.dtype))
+        # SDXL reads its encoders one layer early, and pools the second.
+        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(self.unet.dtype))
 
-    def _place_rows(self, prompts: list[str], num_rows: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _place_rows(
+        self, tokenizer: CLIPTokenizer, prompts: list[str], num_rows: int, device: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length)."""
-        tokenizer, length = self.tokenizer, self.tokenizer.model_max_length
+        length = tokenizer.model_max_length
         room = length - 2 - num_rows
         input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
         slots = torch.zeros((len(prompts), length), dtype=torch.bool)
@@ -974,38 +1133,73 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                     "`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *image_size(image), *size
                 )
             pixels.append(self.image_processor.preprocess(image, *size))
-        pixels = torch.cat(pixels).to(self._execution_device, self.vae.dtype)
-        return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        with self._precise_vae():
+            pixels = torch.cat(pixels).to(self._execution_device, self.vae.dtype)
+            latents = self.vae.encode(pixels).latent_dist.mode()
+        return latents.to(self.vae.dtype) * self.vae.config.scaling_factor
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (batch, 3, height, width), -1 to 1."""
+        with self._precise_vae():
+            return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+
+    @contextmanager
+    def _precise_vae(self) -> Iterator[None]:
+        """While open, a VAE of SDXL's that overflows in float16, as its configuration says, is in float32."""
+        cast = (
+            self.text_encoder_2 is not None
+            and self.vae.dtype == torch.float16
+            and self.vae.config.get("force_upcast", False)
+        )
+        try:
+            if cast:
+                self.vae.to(torch.float32)
+            yield
+        finally:
+            if cast:
+                self.vae.to(torch.float16)
 
     # ---------------------------------------------------------------------------------------------------- delta
 
-    def _clip_delta(self, examples: list[_Example], befores: list, afters: list, alpha: float) -> torch.Tensor:
-        """The interpolated delta (dim,) of the pairs, their mean if they are several; equations 2 to 5."""
-        image_delta = self._clip_image_features(afters) - self._clip_image_features(befores)
-        before_prompts, after_prompts = (
-            [getattr(e, name) for e in examples] for name in ("before_prompt", "after_prompt")
-        )
-        text_delta = self._clip_text_features(after_prompts) - self._clip_text_features(before_prompts)
-        delta = interpolated_delta(image_delta.mean(0), text_delta.mean(0), alpha)
-        if not delta.any():
+    def _clip_deltas(self, examples: list[_Example], befores: list, afters: list, alpha: float) -> list[torch.Tensor]:
+        """Each CLIP's interpolated delta (dim,) of the pairs, their mean if they are several; equations 2 to 5."""
+        deltas = []
+        for encoder in self._encoders_with_clip():
+            image_delta = self._image_delta(encoder.clip, befores, afters)
+            before, after = (
+                self._clip_text_features(encoder, [getattr(e, name) for e in examples])
+                for name in ("before_prompt", "after_prompt")
+            )
+            deltas.append(interpolated_delta(image_delta, (after - before).mean(0), alpha))
+        if not any(delta.any() for delta in deltas):
             logger.warning(
                 "CLIP sees no difference between `before` and `after`; its loss will not guide the learning."
             )
-        return delta
+        return deltas
 
-    def _clip_image_features(self, images: list) -> torch.Tensor:
-        inputs = self.clip_processor(
-            images=[self._to_pil(image, "before or after") for image in images], return_tensors="pt"
-        )
-        pixel_values = inputs["pixel_values"].to(self._execution_device, self.clip.dtype)
-        return F.normalize(_features(self.clip.get_image_features(pixel_values=pixel_values)).float(), dim=-1)
+    def _encoders_with_clip(self) -> list[_Encoder]:
+        return [encoder for encoder in self._encoders if encoder.clip is not None]
 
-    def _clip_text_features(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in difference tokens."""
-        rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
-        input_ids, slots = self._place_rows(prompts, rows.shape[1], rows.device)
-        with inserted_rows(self.clip.text_model.embeddings.token_embedding, slots, rows):
-            return F.normalize(_features(self.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
+    def _image_delta(self, clip: CLIPModel, befores: list, afters: list) -> torch.Tensor:
+        """How CLIP's image embeddings (dim,) differ in the mean (equation 2)."""
+        features = []
+        for images in (befores, afters):
+            pictures = [self._to_pil(image, "before or after") for image in images]
+            inputs = self.clip_processor(images=pictures, return_tensors="pt")
+            pixel_values = inputs["pixel_values"].to(self._execution_device, clip.dtype)
+            found = _features(clip.get_image_features(pixel_values=pixel_values)).float()
+            features.append(F.normalize(found, dim=-1))
+        return (features[1] - features[0]).mean(0)
+
+    def _clip_text_features(
+        self, encoder: _Encoder, prompts: list[str], rows: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in the encoder's rows."""
+        if rows is None:
+            rows = torch.zeros(len(prompts), 0, encoder.width, device=self._execution_device)
+        input_ids, slots = self._place_rows(encoder.tokenizer, prompts, rows.shape[1], rows.device)
+        with inserted_rows(encoder.clip.text_model.embeddings.token_embedding, slots, rows):
+            return F.normalize(_features(encoder.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
 
     # ------------------------------------------------------------------------------------------------- learning
 
@@ -1095,15 +1289,15 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         generator = generator[0] if isinstance(generator, list) else generator
         befores, afters = as_list(before), as_list(after)
         self._interrupt = False
-        with frozen(self.vae, self.unet, self.text_encoder, self.clip):
+        with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
             # 1. Prompts and latents of each pair
             examples = self._prepare_examples(befores, afters, before_prompt, after_prompt, height, width)
             # 2. What CLIP says has changed
-            delta = self._clip_delta(examples, befores, afters, alpha) if lambda_clip > 0 else None
+            deltas = self._clip_deltas(examples, befores, afters, alpha) if lambda_clip > 0 else []
             hard = projection == "hard"
             allowed = self._vocabulary_words() if hard else None
-            vocabulary = self.text_encoder.get_input_embeddings().weight[allowed].float() if hard else None
-            goal = _Goal(examples, delta, lambda_clip, lambda_tc, lambda_before, vocabulary)
+            vocabulary = self._embedded(allowed) if hard else None
+            goal = _Goal(examples, deltas, lambda_clip, lambda_tc, lambda_before, vocabulary)
             # 3. The tokens
             lost, gained = self._changed_phrases(examples)
             words = self._word_rows(lost, gained, num_tokens if init == "prompts" else 0)
@@ -1145,7 +1339,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         }
         if hard:
             settings["token_ids"] = " ".join(map(str, token_ids))
-        return DifferenceTokens({DEFAULT_TOKEN: tokens.cpu()}, self._metadata(settings))
+        embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
+        return DifferenceTokens(embeddings, self._metadata(settings))
 
     def _metadata(self, settings: dict[str, Any]) -> dict[str, str]:
         own = {
@@ -1154,7 +1349,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             "token": DEFAULT_TOKEN,
             "base_model": self._base_model(),
             "prediction_type": self.scheduler.config.get("prediction_type", "epsilon"),
-            "embedding_fingerprint": embedding_fingerprint(self.text_encoder),
+            "embedding_fingerprint": self._fingerprint(),
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
@@ -1185,7 +1380,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         forwards less well: a negated noun is often heard as a noun.
         """
         words = self.tokenizer(" ".join(gained or lost), add_special_tokens=False).input_ids
-        rows = self.text_encoder.get_input_embeddings().weight[words].float() * (1 if gained else -1)
+        rows = self._embedded(words) * (1 if gained else -1)
         return rows[max(0, len(rows) - num_tokens) :]
 
     def _changed_phrases(self, examples: list[_Example]) -> tuple[list[str], list[str]]:
@@ -1200,17 +1395,18 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         CLIP is quick and shortsighted, so it only proposes words. Of those, the UNet takes the one with which, after
         the prompt of A, it draws A' best and A worst.
         """
-        delta = (self._clip_image_features(afters) - self._clip_image_features(befores)).mean(0)
+        encoder = self._encoders_with_clip()[0]
+        delta = self._image_delta(encoder.clip, befores, afters)
         words = self._vocabulary_words(fewest_letters=3)
         if not delta.any() or not len(words):
             return self._rows(None)
-        nearest = words[(self._clip_word_features(words) @ delta).topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
-        table = self.text_encoder.get_input_embeddings().weight
+        likeness = self._clip_word_features(encoder, words) @ delta
+        nearest = words[likeness.topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
         draw = self._draw(examples[0].after_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
 
         def error(word: int) -> float:
             """How badly A' is drawn with the word, and how well A is."""
-            rows, total = table[word].float().expand(2, 1, -1), 0.0
+            rows, total = self._embedded([word]).expand(2, 1, -1), 0.0
             for example in examples:
                 latents = torch.cat([example.after_latents, example.before_latents])
                 prediction, target = self._predict(latents, [example.before_prompt] * 2, rows, draw)
@@ -1220,7 +1416,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
         best = min(nearest.tolist(), key=error)
         logger.info("The tokens begin at the word %r.", self.tokenizer.decode(best))
-        return table[best : best + 1].float()
+        return self._embedded([best])
 
     def _vocabulary_words(self, fewest_letters: int = 1) -> torch.Tensor:
         """Ids of the vocabulary's whole words, which text of them gives back."""
@@ -1230,23 +1426,24 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         words = [index for index, ids in zip(vocab.values(), read, strict=True) if ids == [index]]
         return torch.tensor(words, dtype=torch.long, device=self._execution_device)
 
-    def _clip_word_features(self, words: torch.Tensor) -> torch.Tensor:
+    def _clip_word_features(self, encoder: _Encoder, words: torch.Tensor) -> torch.Tensor:
         """CLIP's text embeddings (words, dim) at unit length, of single tokens."""
-        ends = torch.tensor([self.tokenizer.bos_token_id, self.tokenizer.eos_token_id], device=words.device)
+        tokenizer = encoder.tokenizer
+        ends = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id], device=words.device)
         start, end = ends.expand(len(words), 2).split(1, dim=1)
         batches = torch.cat([start, words[:, None], end], dim=1).split(1024)
-        features = torch.cat([_features(self.clip.get_text_features(input_ids=ids)).float() for ids in batches])
+        features = torch.cat([_features(encoder.clip.get_text_features(input_ids=ids)).float() for ids in batches])
         return F.normalize(features, dim=-1)
 
     def _initial_tokens(
         self, num_tokens: int, init: str, words: torch.Tensor, generator: Optional[torch.Generator]
     ) -> torch.Tensor:
         """The tokens to start from, (num_tokens, dim), in float32 whatever the model's dtype."""
-        table = self.text_encoder.get_input_embeddings().weight
-        shape, device = (num_tokens - len(words), table.shape[1]), self._execution_device
+        shape, device = (num_tokens - len(words), words.shape[1]), self._execution_device
         if init == "zeros":
             return torch.zeros(shape, device=device)
-        others = randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * table.float().std()
+        spread = torch.cat([e.table.float().std().expand(e.width) for e in self._encoders]).to(device)
+        others = randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * spread
         return torch.cat([others, words.to(device)])
 
     def _optimize(
@@ -1268,7 +1465,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
         judge_every = max(1, num_optimization_steps // 10)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
-        scale = 1024.0 if torch.float16 in (self.unet.dtype, self.text_encoder.dtype) else 1.0
+        half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
+        scale = 1024.0 if half else 1.0
         candidates, step = [(float("inf"), tokens.detach().clone())], 0
 
         def judge(tokens: torch.Tensor) -> None:
@@ -1324,7 +1522,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if goal.vocabulary is not None:
             tokens = projected(tokens, goal.vocabulary)
         if goal.lambda_clip > 0:
-            losses["clip_loss"] = clip_loss(self._token_features(tokens, example), goal.delta)
+            pairs = zip(self._token_features(tokens, example), goal.deltas, strict=True)
+            losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pairs]).mean()
             losses["loss"] = losses["loss"] + goal.lambda_clip * losses["clip_loss"]
         if goal.lambda_tc > 0:
             loss = self._token_consistency_loss(tokens, example, draw, goal.lambda_before)
@@ -1332,9 +1531,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             losses["loss"] = losses["loss"] + goal.lambda_tc * losses["token_consistency_loss"]
         return losses
 
-    def _token_features(self, tokens: torch.Tensor, example: _Example) -> torch.Tensor:
-        """What is to point where the delta does, (dim,): CLIP's text embedding of the tokens alone (Figure 3)."""
-        return self._clip_text_features([""], tokens[None])[0]
+    def _token_features(self, tokens: torch.Tensor, example: _Example) -> list[torch.Tensor]:
+        """What is to point where each CLIP's delta does, (dim,): its text embedding of the tokens alone (Figure 3)."""
+        parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
+        return [self._clip_text_features(encoder, [""], part[None])[0] for encoder, part in parts]
 
     def _judge(self, tokens: torch.Tensor, goal: _Goal, probe: _Draw) -> float:
         losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
@@ -1368,14 +1568,24 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         Both are (images, samples, channels, height, width): every image under every noise of the draw.
         """
         images, samples = len(prompts), len(draw.timesteps)
-        latents, prompt_embeds = (x.repeat_interleave(samples, dim=0) for x in (latents, self._encode(prompts, rows)))
+        latents, condition = latents.repeat_interleave(samples, dim=0), self._encode(prompts, rows).repeat(samples)
         noise, timesteps = draw.noise.repeat(images, 1, 1, 1), draw.timesteps.repeat(images)
         # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
         training_schedule = DDPMScheduler.from_config(self.scheduler.config)
         noisy_latents = training_schedule.add_noise(latents, noise, timesteps).to(self.unet.dtype)
-        prediction = self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds).sample
+        prediction = self._unet_output(noisy_latents, timesteps, condition)
         target = _prediction_target(training_schedule, latents, noise, timesteps)
         return prediction.float().unflatten(0, (images, samples)), target.unflatten(0, (images, samples))
+
+    def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:
+        """The UNet's prediction (batch, ...); SDXL's is also told the picture's size, which it is to be drawn whole in."""
+        added = None
+        if condition.pooled_prompt_embeds is not None:
+            size = [side * self.vae_scale_factor for side in latents.shape[-2:]]
+            time_ids = torch.tensor([*size, 0, 0, *size], device=latents.device, dtype=latents.dtype)
+            added = {"text_embeds": condition.pooled_prompt_embeds, "time_ids": time_ids.expand(len(latents), -1)}
+        embeds = condition.prompt_embeds
+        return self.unet(latents, t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
 
     # ---------------------------------------------------------------------------------- inverting and denoising
 
@@ -1383,22 +1593,25 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         """A DDIM scheduler, or its inverse, on the model's noise schedule: two whose steps undo each other."""
         spacing = self.scheduler.config.get("timestep_spacing", "leading")
         spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse knows no other
-        return family.from_config(self.scheduler.config, clip_sample=False, timestep_spacing=spacing)
+        known = inspect.signature(family.__init__).parameters
+        config = {name: value for name, value in self.scheduler.config.items() if name in known}
+        config.setdefault("set_alpha_to_one", False)  # at which the last step, too, can be undone
+        return family.from_config(config, clip_sample=False, timestep_spacing=spacing)
 
     def _latents_shape(self, batch_size: int, size: tuple[int, int]) -> tuple[int, ...]:
         return (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
 
-    def _ddim_inversion(self, latents, prompt_embeds, num_inference_steps: int, num_steps: int) -> torch.Tensor:
+    def _ddim_inversion(self, latents, condition, num_inference_steps: int, num_steps: int) -> torch.Tensor:
         """Walks latents (batch, ...) up the first `num_steps` of the deterministic path on which DDIM comes down."""
         scheduler = self._deterministic(DDIMInverseScheduler)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         for t in self.progress_bar(scheduler.timesteps[:num_steps]):
-            prediction = self.unet(latents, t, encoder_hidden_states=prompt_embeds).sample
+            prediction = self._unet_output(latents, t, condition)
             latents = scheduler.step(prediction, t, latents).prev_sample
         return latents
 
     def _ddpm_inversion(
-        self, latents, prompt_embeds, scheduler, timesteps, eta: float, generator
+        self, latents, condition, scheduler, timesteps, eta: float, generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noised latents (batch, ...) and the noises (steps, batch, ...) with which DDPM leads from them to `latents`.
 
@@ -1413,7 +1626,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
         noises, path = [], [*map(noised, timesteps), latents]
         for t, (here, there) in zip(self.progress_bar(timesteps), pairwise(path), strict=True):
-            prediction = self.unet(here.to(dtype), t, encoder_hidden_states=prompt_embeds).sample.float()
+            prediction = self._unet_output(here.to(dtype), t, condition).float()
             step = partial(scheduler.step, prediction, t, here, eta=eta)
             mean = step(variance_noise=torch.zeros_like(here)).prev_sample
             deviation = step(variance_noise=torch.ones_like(here)).prev_sample - mean
@@ -1426,14 +1639,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         noises,
         scheduler,
         timesteps,
-        prompt_embeds,
-        negative_prompt_embeds,
+        condition,
+        baseline,
         eta,
         generator,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
     ) -> torch.Tensor:
-        """Draws latents (batch, ...) guided from the negative prompts' prediction towards the prompts'.
+        """Draws latents (batch, ...) guided from the baseline's prediction towards the condition's.
 
         With `noises` (steps, batch, ...) each step adds its own of them, and else what the scheduler draws.
         """
@@ -1444,36 +1657,37 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 inputs = scheduler.scale_model_input(latents, t)
-                prediction = self._guided(inputs, t, prompt_embeds, negative_prompt_embeds)
+                prediction = self._guided(inputs, t, condition, baseline)
                 if noises is not None:
                     extra = {"eta": eta, "variance_noise": noises[i]}
                 latents = scheduler.step(prediction, t, latents, **extra).prev_sample
                 if callback_on_step_end is not None:
-                    known = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                    }
+                    negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
+                    known = {"latents": latents, **vars(condition), **negative}
                     wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     known |= callback_on_step_end(self, i, t, wanted) or {}
-                    latents, prompt_embeds = known["latents"], known["prompt_embeds"]
-                    negative_prompt_embeds = known["negative_prompt_embeds"]
+                    latents = known["latents"]
+                    condition = _Condition(*(known[name] for name in vars(condition)))
+                    baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
                 progress_bar.update()
         return latents
 
-    def _guided(self, inputs, t, prompt_embeds, negative_prompt_embeds) -> torch.Tensor:
-        """The UNet's prediction (batch, ...), as far from the negative prompts' as guidance says."""
-        if self.guidance_scale == 1:  # at which nothing is left of the negative prompts' prediction
-            return self.unet(inputs, t, encoder_hidden_states=prompt_embeds).sample
-        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        baseline, changed = self.unet(torch.cat([inputs] * 2), t, encoder_hidden_states=embeds).sample.chunk(2)
-        return baseline + self.guidance_scale * (changed - baseline)
+    def _guided(self, inputs, t, condition: _Condition, baseline: _Condition) -> torch.Tensor:
+        """The UNet's prediction (batch, ...), as far from the baseline's as guidance says."""
+        if self.guidance_scale == 1:  # at which nothing is left of the baseline's prediction
+            return self._unet_output(inputs, t, condition)
+        both = self._unet_output(torch.cat([inputs] * 2), t, baseline.followed_by(condition))
+        unchanged, changed = both.chunk(2)
+        return unchanged + self.guidance_scale * (changed - unchanged)
+
+    def _draws_away_from_zeros(self) -> bool:
+        return self.text_encoder_2 is not None and self.config.force_zeros_for_empty_prompt
 
     def _start(
         self,
         images,
         size,
-        prompt_embeds,
+        condition,
         inversion,
         num_inference_steps,
         strength,
@@ -1504,13 +1718,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         timesteps = timesteps[-num_steps:]
         clean = self._encode_images(images, "image", size).to(self.unet.dtype)
         if inversion == "ddim":
-            latents = self._ddim_inversion(clean, prompt_embeds, num_inference_steps, num_steps)
+            latents = self._ddim_inversion(clean, condition, num_inference_steps, num_steps)
             return latents.repeat_interleave(num_images_per_prompt, dim=0), None, scheduler, timesteps
-        clean, prompt_embeds = (
-            each.repeat_interleave(num_images_per_prompt, dim=0) for each in (clean, prompt_embeds)
-        )
+        clean = clean.repeat_interleave(num_images_per_prompt, dim=0)
         if inversion == "ddpm":
-            start = self._ddpm_inversion(clean, prompt_embeds, scheduler, timesteps, eta, generator)
+            condition = condition.repeat(num_images_per_prompt)
+            start = self._ddpm_inversion(clean, condition, scheduler, timesteps, eta, generator)
             return *start, scheduler, timesteps
         noise = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
         return scheduler.add_noise(clean, noise, timesteps[:1]), None, scheduler, timesteps
@@ -1610,7 +1823,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             callback_on_optimization_step: see [`invert_difference`].
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each denoising step; tensors
                 in the dictionary that it returns replace the pipeline's.
-            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it gets.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it gets,
+                and of SDXL's `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`.
 
         Examples:
 
@@ -1694,16 +1908,19 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         images = [] if image is None else as_list(image)
         prompts = self._prompts_for(images, prompt, "image") if images else as_list(prompt)
         source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
+        zero_baseline = negative_prompt is None and not images and self._draws_away_from_zeros()
         if negative_prompt is None:
             negative_prompt = source_prompts if images else ""
         negative_prompts = self._repeated(negative_prompt, len(prompts))
         if replace_phrases:
             prompts = self._replaced(prompts, applied)
         rows = self._rows(applied).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
-        prompt_embeds = self.encode_prompt(prompts, rows)  # [batch, length, dim]
+        condition = self._condition(prompts, rows)
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
-        source_embeds = self.encode_prompt(source_prompts, torch.zeros_like(rows))
-        negative_prompt_embeds = self.encode_prompt(negative_prompts, torch.zeros_like(rows))
+        source = self._condition(source_prompts, torch.zeros_like(rows))
+        baseline = self._condition(negative_prompts, torch.zeros_like(rows))
+        if zero_baseline:
+            baseline = baseline.each(torch.zeros_like)
 
         # 4. Where denoising begins
         size = self._common_size(images, "image", height, width)
@@ -1711,7 +1928,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         latents, noises, scheduler, timesteps = self._start(
             images,
             size,
-            source_embeds,
+            source,
             inversion,
             num_inference_steps,
             strength,
@@ -1729,8 +1946,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             noises,
             scheduler,
             timesteps,
-            prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
-            negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0),
+            condition.repeat(num_images_per_prompt),
+            baseline.repeat(num_images_per_prompt),
             eta,
             generator,
             callback_on_step_end,
@@ -1740,8 +1957,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         # 6. Pixels
         images = latents
         if output_type != "latent":
-            pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
+            images = self.image_processor.postprocess(self._decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, difference

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STORYBOOK = ROOT / "examples" / "storybook"
-sys.path[:0] = [str(ROOT), str(STORYBOOK)]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(STORYBOOK)]
 # Set before diffusers is imported: tests ask no network, and leave no copies of the pipeline in the user's cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules_")

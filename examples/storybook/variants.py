@@ -21,8 +21,8 @@ from pipeline_difference_inversion import RANDOM_INIT_SCALE, DifferenceInversion
 class TokensFirst(DifferenceInversionPipeline):
     """[D; P]: the tokens stand before the prompt."""
 
-    def _place_rows(self, prompts, num_rows, device):
-        input_ids, slots = super()._place_rows(prompts, num_rows, device)
+    def _place_rows(self, tokenizer, prompts, num_rows, device):
+        input_ids, slots = super()._place_rows(tokenizer, prompts, num_rows, device)
         rank = 2 - slots.int()
         rank[:, 0] = 0  # the start token
         order = rank.argsort(dim=1, stable=True)
@@ -40,25 +40,30 @@ class OutputRows(DifferenceInversionPipeline):
     """The tokens are rows of the text encoder's output, after the prompt's end token, as VISII learns its own."""
 
     def _encode(self, prompts, rows):
-        hidden_states = super()._encode(prompts, rows[:, :0]).clone()
-        _, slots = self._place_rows(prompts, rows.shape[1], rows.device)
+        condition = super()._encode(prompts, rows[:, :0])
+        _, slots = self._place_rows(self.tokenizer, prompts, rows.shape[1], rows.device)
+        hidden_states = condition.prompt_embeds.clone()
         hidden_states[slots.roll(1, dims=1)] = rows.flatten(0, 1).to(hidden_states)
-        return hidden_states
+        return dataclasses.replace(condition, prompt_embeds=hidden_states)
 
     def _token_features(self, tokens, example):
-        return F.normalize(self.clip.text_projection(tokens.mean(0)), dim=-1)
+        return [F.normalize(self.clip.text_projection(tokens.mean(0)), dim=-1)]
 
     def _initial_tokens(self, num_tokens, init, words, generator):
         rows = super()._initial_tokens(num_tokens, init, words[:0], generator)
         table = self.text_encoder.get_input_embeddings().weight
-        return rows / (RANDOM_INIT_SCALE * table.float().std()) * super()._encode([""], rows[None, :0]).std()
+        return (
+            rows
+            / (RANDOM_INIT_SCALE * table.float().std())
+            * super()._encode([""], rows[None, :0]).prompt_embeds.std()
+        )
 
 
 class NoZeroRows(DifferenceInversionPipeline):
     """The query is inverted under its bare prompt, and guidance leads away from that."""
 
-    def encode_prompt(self, prompts, rows=None):
-        return super().encode_prompt(prompts, None if rows is None or not rows.any() else rows)
+    def _condition(self, prompts, rows=None):
+        return super()._condition(prompts, None if rows is None or not rows.any() else rows)
 
 
 # ------------------------------------------------------------------------------------------ what tokens may become
@@ -118,10 +123,11 @@ class ClipDirection(DifferenceInversionPipeline):
     """CLIP's loss is of the way from P_A to [P_A; D], in place of D alone."""
 
     def _token_features(self, tokens, example):
+        encoder, prompts = self._encoders[0], [example.before_prompt]
         alone, with_tokens = (
-            self._clip_text_features([example.before_prompt], rows[None])[0] for rows in (tokens[:0], tokens)
+            self._clip_text_features(encoder, prompts, rows[None])[0] for rows in (tokens[:0], tokens)
         )
-        return with_tokens - alone
+        return [with_tokens - alone]
 
 
 class SeveralPrompts(DifferenceInversionPipeline):
