@@ -643,6 +643,77 @@ def test_text_to_image_may_learn_its_difference_in_the_same_call(pipe, pair):
     assert rows_of(out.difference).any()
 
 
+# ---------------------------------------------------------------------------------------------------------- masks
+
+
+def half_mask(left: int = 0, right: int = 255) -> np.ndarray:
+    """Two halves, as grey values."""
+    mask = np.full((SIDE, SIDE), right, dtype=np.uint8)
+    mask[:, : SIDE // 2] = left
+    return mask
+
+
+def pixels(pipe, **options) -> np.ndarray:
+    return np.asarray(apply(pipe, output_type="pil", difference=random_tokens(scale=2.0), **options)[0], dtype=int)
+
+
+@pytest.mark.parametrize("inversion", ["ddpm", "ddim", "sdedit"])
+def test_black_of_a_mask_stays_as_it_was_to_the_pixel_and_white_changes(pipe, inversion):
+    before = np.asarray(picture("blue"), dtype=int)
+    after = pixels(pipe, mask_image=Image.fromarray(half_mask()), inversion=inversion)
+    assert (after[:, : SIDE // 2] == before[:, : SIDE // 2]).all()
+    assert np.abs(after - before)[:, SIDE // 2 :].max() > 10
+
+
+def test_a_white_mask_is_none(pipe):
+    assert (pixels(pipe, mask_image=Image.new("L", (SIDE, SIDE), 255)) == pixels(pipe)).all()
+
+
+def test_a_mask_acts_while_drawing_and_not_only_on_the_pixels(pipe):
+    latents = apply(pipe, mask_image=Image.fromarray(half_mask()))
+    own = latents_of(pipe, picture("blue"))
+    torch.testing.assert_close(latents[..., : SIDE // 16], own[..., : SIDE // 16])
+    assert (latents - own)[..., SIDE // 16 :].abs().max() > 1e-2
+
+
+MASKS = {
+    "RGB": lambda: Image.fromarray(half_mask()).convert("RGB"),
+    "1": lambda: Image.fromarray(half_mask()).convert("1"),
+    "P": lambda: Image.fromarray(half_mask()).convert("P"),
+    "greys on either side of the middle": lambda: Image.fromarray(half_mask(100, 150)),
+    "another size": lambda: Image.fromarray(half_mask()).resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST),
+    "truths": lambda: half_mask() > 0,
+    "bytes": half_mask,
+    "numbers": lambda: (half_mask() > 0).astype(np.float32),
+    "a tensor": lambda: torch.from_numpy(half_mask() > 0),
+    "a tensor with a channel": lambda: torch.from_numpy(half_mask() > 0)[None].float(),
+    "a list": lambda: [Image.fromarray(half_mask())],
+}
+
+
+@pytest.mark.parametrize("make", MASKS.values(), ids=MASKS)
+def test_masks_may_be_of_any_kind(pipe, make):
+    assert (pixels(pipe, mask_image=make()) == pixels(pipe, mask_image=Image.fromarray(half_mask()))).all()
+
+
+def test_each_query_may_have_its_own_mask(pipe):
+    masks = [Image.fromarray(half_mask()), Image.fromarray(half_mask(255, 0))]
+    query = np.asarray(picture("blue"), dtype=int)
+    options = {"image": [picture("blue")] * 2, "num_images_per_prompt": 2, "output_type": "pil"}
+    answers = [np.asarray(answer, dtype=int) for answer in apply(pipe, **options, mask_image=masks)]
+    kept = [(answer == query).all(axis=(0, 2)) for answer in answers]
+    assert all(columns[: SIDE // 2].all() and not columns[SIDE // 2 :].all() for columns in kept[:2])
+    assert all(columns[SIDE // 2 :].all() and not columns[: SIDE // 2].all() for columns in kept[2:])
+
+
+def test_an_automatic_mask_keeps_all_of_a_query_that_nothing_changes(pipe):
+    options = {"mask_image": "auto", "output_type": "pil"}
+    (unchanged,) = apply(pipe, difference=random_tokens(scale=0.0), **options)
+    assert (np.asarray(unchanged) == np.asarray(picture("blue"))).all()
+    (changed,) = apply(pipe, difference=random_tokens(scale=2.0), **options)
+    assert (np.asarray(changed) != np.asarray(picture("blue"))).any()
+
+
 # ------------------------------------------------------------------------------------------------ kinds of images
 
 
@@ -809,6 +880,11 @@ BAD_APPLYING = {
     ),
     "more rows than fit": ({"difference": random_tokens(num_tokens=39)}, ValueError, "`difference`.*39.*38"),
     "two scales for one difference": ({"difference_scale": [1.0, 2.0]}, ValueError, "`difference_scale`.*2"),
+    "a mask of no image": ({"image": None, "mask_image": "auto"}, ValueError, "`mask_image`.*`image`"),
+    "a mask without inversion": ({"inversion": None, "mask_image": "auto"}, ValueError, "`mask_image`.*`inversion`"),
+    "an unknown mask": ({"mask_image": "mask.png"}, ValueError, "`mask_image`.*mask.png.*auto"),
+    "a mask that is no image": ({"mask_image": 3}, TypeError, "`mask_image`.*int"),
+    "two masks for one image": ({"mask_image": [picture(), picture()]}, ValueError, "`mask_image`.*2 masks.*1"),
     "no steps": ({"num_inference_steps": 0}, ValueError, "`num_inference_steps`.*0"),
     "too many steps": ({"num_inference_steps": 1000}, ValueError, "`num_inference_steps`.*1000"),
     "half a step": ({"num_inference_steps": 2.5}, ValueError, "`num_inference_steps`.*2.5"),
