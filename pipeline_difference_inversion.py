@@ -89,6 +89,7 @@ FUNCTION_WORDS = frozenset(
 # its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
 # that they break, and learn what is in it instead of what changed.
 RANDOM_INIT_SCALE = 3.0
+QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
 # Words are nearly there, and steps that take random rows to their place in time lead them away from theirs.
 LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 1e-3
 
@@ -185,13 +186,13 @@ def nearest_rows(rows: torch.Tensor, table: torch.Tensor, count: int = 1) -> tor
     return (F.normalize(rows.float(), dim=-1) @ F.normalize(table.float(), dim=-1).T).topk(min(count, len(table)))
 
 
-def projected(rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The nearest rows of `table`, through which gradients pass as if they were the given ones.
+def projected(rows: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest rows of `table` to `rows` (..., dim), and which these are (...).
 
-    The projection of "Hard Prompts Made Easy" (Wen et al., 2023).
+    Gradients pass through as if they were the given ones: the projection of "Hard Prompts Made Easy" (Wen et al., 2023).
     """
-    nearest = table[nearest_rows(rows.detach(), table).indices[:, 0]]
-    return rows + (nearest - rows).detach()
+    nearest = nearest_rows(rows.detach().flatten(0, -2), table).indices.view(rows.shape[:-1])
+    return rows + (table[nearest] - rows).detach(), nearest
 
 
 # ------------------------------------------------------------------------------------------------------ prompts
@@ -792,6 +793,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         init,
         projection="soft",
         num_samples_per_step=1,
+        prompt_method="caption",
+        prompt_kwargs=None,
         height=None,
         width=None,
     ) -> None:
@@ -811,8 +814,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         for name, images in (("before", befores), ("after", afters)):
             for image in images:
                 self._common_size([image], name, height, width)
-        self._check_prompts("before_prompt", before_prompt, len(befores))
-        self._check_prompts("after_prompt", after_prompt, len(afters))
+        self._check_prompt_method(prompt_method, prompt_kwargs)
+        self._check_prompts("before_prompt", before_prompt, len(befores), prompt_method)
+        self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
         if not 0 <= alpha <= 1:
             raise ValueError(f"`alpha` is {alpha}; it goes from 0 (the images' delta) to 1 (the captions' delta).")
         if lambda_clip < 0 or lambda_tc < 0 or lambda_clip + lambda_tc == 0:
@@ -875,17 +879,27 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                     f"{tuple(encoder.table.shape)} that are not the same: it is another CLIP. To match, {remedy}."
                 )
 
-    def _check_prompts(self, name: str, prompts: Any, count: int) -> None:
-        if prompts is None:
+    def _check_prompt_method(self, method: str, options: Optional[dict]) -> None:
+        if method not in ("caption", "pez"):
+            raise ValueError(f"`prompt_method` is {method!r}; it is 'caption' or 'pez'.")
+        write = self.hard_prompts if method == "pez" else self.caption
+        known = [name for name in inspect.signature(write).parameters if name not in ("images", "generator")]
+        unknown = [name for name in options or {} if name not in known]
+        if unknown:
+            raise ValueError(f"`prompt_kwargs` has {unknown}; for `prompt_method={method!r}` known are {known}.")
+
+    def _check_prompts(self, name: str, prompts: Any, count: int, method: str = "caption") -> None:
+        if prompts is None and method == "pez":
+            self._check_clip(f"give `{name}`")
+        elif prompts is None:
             if self.captioner is None or self.captioner_processor is None:
                 raise ValueError(
                     f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load "
                     "the pipeline with `captioner` and `captioner_processor`."
                 )
-            return
-        if not all(isinstance(prompt, str) for prompt in as_list(prompts)):
+        elif not all(isinstance(prompt, str) for prompt in as_list(prompts)):
             raise TypeError(f"`{name}` must be a string or a list of strings, and is {prompts!r}.")
-        if len(as_list(prompts)) not in (1, count):
+        elif len(as_list(prompts)) not in (1, count):
             raise ValueError(f"`{name}` has {len(as_list(prompts))} prompts for {count} images; give one for each.")
 
     def check_inputs(
@@ -908,6 +922,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         output_type,
         callback_on_step_end_tensor_inputs,
         mask_image=None,
+        prompt_method="caption",
+        prompt_kwargs=None,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that applying could not use."""
         self._check_model()
@@ -923,7 +939,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             self._common_size([item], "image", height, width)
         size = self._common_size(images, "image", height, width)
         count = len(images) or len(as_list(prompt))
-        self._check_prompts("prompt", prompt, count)
+        self._check_prompt_method(prompt_method, prompt_kwargs)
+        self._check_prompts("prompt", prompt, count, prompt_method)
         for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
@@ -1043,11 +1060,24 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
     # -------------------------------------------------------------------------------------------------- prompts
 
-    def _prompts_for(self, images: list, prompts: Optional[Union[str, list[str]]], name: str) -> list[str]:
-        """The given prompts, one an image, or the captioner's."""
-        if prompts is None:
-            return self.caption([self._to_pil(image, name) for image in images])
-        return self._repeated(prompts, len(images))
+    def _write_prompts(
+        self, method: str, options: Optional[dict], generator, *groups: tuple[list, Any]
+    ) -> list[Optional[list[str]]]:
+        """The prompts of groups of images, one each: those that are given, or written for all the others at once."""
+        generator = generator[0] if isinstance(generator, list) else generator
+        silent = [images for images, prompts in groups if images and prompts is None]
+        write = partial(self.hard_prompts, generator=generator) if method == "pez" else self.caption
+        pictures = [self._to_pil(image, "image") for images in silent for image in images]
+        written = iter(write(pictures, **options or {}) if pictures else [])
+        return [
+            list(itertools.islice(written, len(images)))
+            if images and prompts is None
+            else self._given(prompts, images)
+            for images, prompts in groups
+        ]
+
+    def _given(self, prompts: Any, images: list) -> Optional[list[str]]:
+        return None if prompts is None else self._repeated(prompts, len(images or as_list(prompts)))
 
     def _repeated(self, prompts: Union[str, list[str]], count: int) -> list[str]:
         prompts = as_list(prompts)
@@ -1081,18 +1111,81 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return torch.cat([encoder.table[ids].float() for encoder in self._encoders], dim=-1)
 
     @torch.no_grad()
-    def caption(self, images: list) -> list[str]:
+    def caption(self, images: list, question: Optional[str] = None, max_new_tokens: int = 50) -> list[str]:
         """Describes images with the captioner, one string each.
 
         Args:
             images: PIL images, float arrays (height, width, 3) or tensors (3, height, width) as the pipeline takes.
+            question: what a captioner that converses is asked, by default for one sentence; others, such as BLIP, take it
+                as the beginning of their answer.
+            max_new_tokens: the most tokens of an answer.
         """
-        pixels = [self._to_pil(image, "images") for image in as_list(images)]
-        inputs = self.captioner_processor(images=pixels, return_tensors="pt")
-        inputs = inputs.to(self._execution_device, self.captioner.dtype)
+        pictures = [self._to_pil(image, "images") for image in as_list(images)]
+        processor = self.captioner_processor
         with frozen(self.captioner):
-            tokens = self.captioner.generate(**inputs, max_new_tokens=50)
+            if not getattr(processor, "chat_template", None):
+                text = {} if question is None else {"text": [question] * len(pictures)}
+                return self._generated(processor(images=pictures, **text, return_tensors="pt"), max_new_tokens)
+            captions = []  # one by one: answers begin where questions end, and pictures take more or less room
+            for picture in pictures:
+                content = [{"type": "image", "image": picture}, {"type": "text", "text": question or QUESTION}]
+                options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+                inputs = processor.apply_chat_template(
+                    [{"role": "user", "content": content}], add_generation_prompt=True, **options
+                )
+                captions += self._generated(inputs, max_new_tokens, start=inputs["input_ids"].shape[1])
+        return captions
+
+    def _generated(self, inputs: Any, max_new_tokens: int, start: int = 0) -> list[str]:
+        """What the captioner says to inputs of its processor, from a token on."""
+        inputs = inputs.to(self._execution_device, self.captioner.dtype)
+        tokens = self.captioner.generate(**inputs, max_new_tokens=max_new_tokens)[:, start:]
         return [text.strip() for text in self.captioner_processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def hard_prompts(
+        self,
+        images: list,
+        num_tokens: int = 8,
+        num_steps: int = 300,
+        learning_rate: float = 0.1,
+        generator: Optional[torch.Generator] = None,
+    ) -> list[str]:
+        """Describes images by the words whose CLIP embedding is nearest to theirs, one string each.
+
+        That is PEZ, of "Hard Prompts Made Easy" (Wen et al., 2023), for all images at once; the words are whole words of
+        the vocabulary, which read as text give the same tokens again.
+
+        Args:
+            images: as [`caption`] takes them.
+            num_tokens: words for each.
+            num_steps: optimizer steps.
+            learning_rate: AdamW's.
+            generator: makes results repeatable.
+        """
+        encoder = self._encoders_with_clip()[0]
+        with frozen(encoder.clip):
+            target = self._clip_image_features(encoder.clip, as_list(images))
+            words = self._vocabulary_words()
+            table = encoder.table[words].float()
+            shape = (len(target), num_tokens)
+            device = generator.device if generator else "cpu"
+            start = torch.randint(len(words), shape, generator=generator, device=device).to(table.device)
+            rows = table[start].requires_grad_(True)  # [images, num_tokens, dim]
+            optimizer = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.1)
+            best = torch.full((len(target),), -2.0, device=table.device)
+            found = start
+            for _ in self.progress_bar(range(num_steps)):
+                with torch.enable_grad():
+                    hard, nearest = projected(rows, table)
+                    cosines = (self._clip_row_features(encoder, hard) * target).sum(-1)
+                    (1 - cosines).sum().backward()
+                better = cosines.detach() > best
+                best = torch.where(better, cosines.detach(), best)
+                found = torch.where(better[:, None], nearest, found)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [_written(self.tokenizer, ids) for ids in words[found].tolist()]
 
     def _to_pil(self, image: Any, name: str) -> Image.Image:
         image = flatten_image(image, name)
@@ -1234,14 +1327,14 @@ class DifferenceInversionPipeline(DiffusionPipeline):
 
     def _image_delta(self, clip: CLIPModel, befores: list, afters: list) -> torch.Tensor:
         """How CLIP's image embeddings (dim,) differ in the mean (equation 2)."""
-        features = []
-        for images in (befores, afters):
-            pictures = [self._to_pil(image, "before or after") for image in images]
-            inputs = self.clip_processor(images=pictures, return_tensors="pt")
-            pixel_values = inputs["pixel_values"].to(self._execution_device, clip.dtype)
-            found = _features(clip.get_image_features(pixel_values=pixel_values)).float()
-            features.append(F.normalize(found, dim=-1))
-        return (features[1] - features[0]).mean(0)
+        return (self._clip_image_features(clip, afters) - self._clip_image_features(clip, befores)).mean(0)
+
+    def _clip_image_features(self, clip: CLIPModel, images: list) -> torch.Tensor:
+        """CLIP's image embeddings (images, dim) at unit length."""
+        pictures = [self._to_pil(image, "images") for image in images]
+        pixel_values = self.clip_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(self._execution_device, clip.dtype)
+        return F.normalize(_features(clip.get_image_features(pixel_values=pixel_values)).float(), dim=-1)
 
     def _clip_text_features(
         self, encoder: _Encoder, prompts: list[str], rows: Optional[torch.Tensor] = None
@@ -1250,6 +1343,19 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if rows is None:
             rows = torch.zeros(len(prompts), 0, encoder.width, device=self._execution_device)
         input_ids, slots = self._place_rows(encoder.tokenizer, prompts, rows.shape[1], rows.device)
+        with inserted_rows(encoder.clip.text_model.embeddings.token_embedding, slots, rows):
+            return F.normalize(_features(encoder.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
+
+    def _clip_row_features(self, encoder: _Encoder, rows: torch.Tensor) -> torch.Tensor:
+        """CLIP's text embeddings (batch, dim) at unit length, of rows (batch, num_rows, width) and nothing else.
+
+        Without the padding to the whole window, which CLIP's end token does not see.
+        """
+        tokenizer, (batch, num_rows, _) = encoder.tokenizer, rows.shape
+        ids = [tokenizer.bos_token_id] * (num_rows + 1) + [tokenizer.eos_token_id]
+        input_ids = torch.tensor(ids, device=rows.device).expand(batch, -1)
+        slots = torch.ones_like(input_ids, dtype=torch.bool)
+        slots[:, [0, -1]] = False
         with inserted_rows(encoder.clip.text_model.embeddings.token_embedding, slots, rows):
             return F.normalize(_features(encoder.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
 
@@ -1262,6 +1368,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         after: Any,
         before_prompt: Optional[Union[str, list[str]]] = None,
         after_prompt: Optional[Union[str, list[str]]] = None,
+        prompt_method: str = "caption",
+        prompt_kwargs: Optional[dict[str, Any]] = None,
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
@@ -1286,8 +1394,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         Args:
             before: the image before the change, or several; PIL images of any mode and size, arrays or tensors.
             after: the image after it, or as many.
-            before_prompt: describes `before`; one for each image. Left out, the captioner writes it.
+            before_prompt: describes `before`; one for each image.
             after_prompt: describes `after`, likewise.
+            prompt_method: how prompts that are left out are written: `"caption"` by the captioner, `"pez"` as the words
+                that CLIP finds nearest to each image (the paper's choice). Two prompts found so differ in more than the
+                change, so that no words are taken from them, and `init="prompts"` is `"clip"`.
+            prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             height: to resize the images to, in pixels; the first image's own by default, in whole latents.
             width: likewise.
             num_tokens: rows to learn, 1 to the text encoder's window less two.
@@ -1335,15 +1447,64 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             init,
             projection,
             num_samples_per_step,
+            prompt_method,
+            prompt_kwargs,
             height,
             width,
         )
-        generator = generator[0] if isinstance(generator, list) else generator
         befores, afters = as_list(before), as_list(after)
+        groups = ((befores, before_prompt), (afters, after_prompt))
+        prompts = self._write_prompts(prompt_method, prompt_kwargs, generator, *groups)
+        return self._learn(
+            befores,
+            afters,
+            *prompts,
+            prompt_method == "caption" or None not in (before_prompt, after_prompt),
+            height=height,
+            width=width,
+            num_tokens=num_tokens,
+            num_optimization_steps=num_optimization_steps,
+            learning_rate=learning_rate,
+            alpha=alpha,
+            lambda_clip=lambda_clip,
+            lambda_tc=lambda_tc,
+            lambda_before=lambda_before,
+            init=init,
+            projection=projection,
+            num_samples_per_step=num_samples_per_step,
+            generator=generator,
+            callback=callback_on_optimization_step,
+        )
+
+    def _learn(
+        self,
+        befores: list,
+        afters: list,
+        before_prompts: list[str],
+        after_prompts: list[str],
+        comparable: bool,
+        *,
+        height=None,
+        width=None,
+        num_tokens: int,
+        num_optimization_steps: int,
+        learning_rate: Optional[float],
+        alpha: float,
+        lambda_clip: float,
+        lambda_tc: float,
+        lambda_before: float,
+        init: str,
+        projection: str,
+        num_samples_per_step: int,
+        generator,
+        callback: Optional[Callable],
+    ) -> DifferenceTokens:
+        """Learns from pairs with their prompts, of which words are compared if they tell the same kind of things."""
+        generator = generator[0] if isinstance(generator, list) else generator
         self._interrupt = False
         with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
-            # 1. Prompts and latents of each pair
-            examples = self._prepare_examples(befores, afters, before_prompt, after_prompt, height, width)
+            # 1. Latents of each pair
+            examples = self._prepare_examples(befores, afters, before_prompts, after_prompts, height, width)
             # 2. What CLIP says has changed
             deltas = self._clip_deltas(examples, befores, afters, alpha) if lambda_clip > 0 else []
             hard = projection == "hard"
@@ -1351,7 +1512,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             vocabulary = self._embedded(allowed) if hard else None
             goal = _Goal(examples, deltas, lambda_clip, lambda_tc, lambda_before, vocabulary)
             # 3. The tokens
-            lost, gained = self._changed_phrases(examples)
+            lost, gained = self._changed_phrases(examples) if comparable else ([], [])
             words = self._word_rows(lost, gained, num_tokens if init == "prompts" else 0)
             if init == "clip" or (init == "prompts" and not len(words) and lambda_clip > 0):
                 words = self._seen_word(examples, befores, afters, generator)
@@ -1366,12 +1527,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
                 learning_rate,
                 num_samples_per_step,
                 generator,
-                callback_on_optimization_step,
+                callback,
             )
         self.maybe_free_model_hooks()
         if hard:
-            nearest = nearest_rows(tokens, vocabulary).indices[:, 0]
-            tokens, token_ids = vocabulary[nearest], allowed[nearest].tolist()
+            tokens, nearest = projected(tokens, vocabulary)
+            token_ids = allowed[nearest].tolist()
         settings = {
             "num_tokens": len(tokens),
             "steps": num_optimization_steps,
@@ -1414,12 +1575,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         name = self.config.get("_name_or_path") or ""
         return Path(name).resolve().name if os.path.exists(name) else name
 
-    def _prepare_examples(self, befores, afters, before_prompt, after_prompt, height, width) -> list[_Example]:
+    def _prepare_examples(self, befores, afters, before_prompts, after_prompts, height, width) -> list[_Example]:
         size = self._common_size(befores, "before", height, width)
         before_latents = self._encode_images(befores, "before", size).float().split(1)
         after_latents = self._encode_images(afters, "after", size).float().split(1)
-        before_prompts = self._prompts_for(befores, before_prompt, "before")
-        after_prompts = self._prompts_for(afters, after_prompt, "after")
         parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
         return [_Example(*part) for part in parts]
 
@@ -1452,7 +1611,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         words = self._vocabulary_words(fewest_letters=3)
         if not delta.any() or not len(words):
             return self._rows(None)
-        likeness = self._clip_word_features(encoder, words) @ delta
+        features = [self._clip_row_features(encoder, part[:, None]) for part in encoder.table[words].split(1024)]
+        likeness = torch.cat(features) @ delta
         nearest = words[likeness.topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
         draw = self._draw(examples[0].after_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
 
@@ -1477,15 +1637,6 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         read = self.tokenizer(list(vocab), add_special_tokens=False).input_ids if vocab else []
         words = [index for index, ids in zip(vocab.values(), read, strict=True) if ids == [index]]
         return torch.tensor(words, dtype=torch.long, device=self._execution_device)
-
-    def _clip_word_features(self, encoder: _Encoder, words: torch.Tensor) -> torch.Tensor:
-        """CLIP's text embeddings (words, dim) at unit length, of single tokens."""
-        tokenizer = encoder.tokenizer
-        ends = torch.tensor([tokenizer.bos_token_id, tokenizer.eos_token_id], device=words.device)
-        start, end = ends.expand(len(words), 2).split(1, dim=1)
-        batches = torch.cat([start, words[:, None], end], dim=1).split(1024)
-        features = torch.cat([_features(encoder.clip.get_text_features(input_ids=ids)).float() for ids in batches])
-        return F.normalize(features, dim=-1)
 
     def _initial_tokens(
         self, num_tokens: int, init: str, words: torch.Tensor, generator: Optional[torch.Generator]
@@ -1572,7 +1723,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         """Equation 10 and its two parts; a part of weight zero is not computed."""
         losses = {"loss": 0.0}
         if goal.vocabulary is not None:
-            tokens = projected(tokens, goal.vocabulary)
+            tokens, _ = projected(tokens, goal.vocabulary)
         if goal.lambda_clip > 0:
             pairs = zip(self._token_features(tokens, example), goal.deltas, strict=True)
             losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pairs]).mean()
@@ -1836,6 +1987,8 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         source_prompt: Optional[Union[str, list[str]]] = None,
         before_prompt: Optional[Union[str, list[str]]] = None,
         after_prompt: Optional[Union[str, list[str]]] = None,
+        prompt_method: str = "caption",
+        prompt_kwargs: Optional[dict[str, Any]] = None,
         negative_prompt: Optional[Union[str, list[str]]] = None,
         mask_image: Any = None,
         height: Optional[int] = None,
@@ -1878,11 +2031,13 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             replace_phrases: leave out of the query's prompt what the prompt of A says and that of A' does not, if it
                 is there word for word, so that the tokens need not contradict it. Differences remember these phrases,
                 as `metadata["lost_phrases"]`.
-            prompt: describes the query, one for each image. Left out, the captioner writes it.
+            prompt: describes the query, one for each image. Left out, it is written as `prompt_method` says.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
             before_prompt: describes `before`.
             after_prompt: describes `after`.
+            prompt_method: `"caption"` or `"pez"`; how prompts that are left out are written.
+            prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
                 the difference alone, or the empty prompt where there is no query image. Without effect at a
                 `guidance_scale` of 1.
@@ -1952,12 +2107,10 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             mask_image,
+            prompt_method,
+            prompt_kwargs,
         )
-        learning = {
-            "before": before,
-            "after": after,
-            "before_prompt": before_prompt,
-            "after_prompt": after_prompt,
+        settings = {
             "num_tokens": num_tokens,
             "num_optimization_steps": num_optimization_steps,
             "learning_rate": learning_rate,
@@ -1979,7 +2132,15 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if difference is not None and learns:
             raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
         if learns:
-            self.check_learning_inputs(**learning)
+            self.check_learning_inputs(
+                before,
+                after,
+                before_prompt,
+                after_prompt,
+                **settings,
+                prompt_method=prompt_method,
+                prompt_kwargs=prompt_kwargs,
+            )
         elif difference is not None:
             difference = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
@@ -1992,18 +2153,28 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if eta is None:
             eta = 1.0 if inversion == "ddpm" else 0.0
 
-        # 2. Learn the difference, if it is not given
+        # 2. Prompts that are not given, written all at once
+        images, befores, afters = ([] if given is None else as_list(given) for given in (image, before, after))
+        groups = ((images, prompt), (befores, before_prompt), (afters, after_prompt))
+        prompts, *pair_prompts = self._write_prompts(prompt_method, prompt_kwargs, generator, *groups)
+
+        # 3. Learn the difference, if it is not given
         applied = difference
         if learns:
-            difference = self.invert_difference(
-                **learning, generator=generator, callback_on_optimization_step=callback_on_optimization_step
+            comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
+            difference = self._learn(
+                befores,
+                afters,
+                *pair_prompts,
+                comparable,
+                **settings,
+                generator=generator,
+                callback=callback_on_optimization_step,
             )
             applied = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
 
-        # 3. Prompts: the query's with the difference, its own, and what guidance leads away from
-        images = [] if image is None else as_list(image)
-        prompts = self._prompts_for(images, prompt, "image") if images else as_list(prompt)
+        # 4. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
         source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
         zero_baseline = negative_prompt is None and not images and self._draws_away_from_zeros()
         if negative_prompt is None:
@@ -2019,7 +2190,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         if zero_baseline:
             baseline = baseline.each(torch.zeros_like)
 
-        # 4. Where denoising begins
+        # 5. Where denoising begins
         size = self._common_size(images, "image", height, width)
         batch_size = len(prompts) * num_images_per_prompt
         start = self._start(
@@ -2039,7 +2210,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         condition, source, baseline = (each.repeat(num_images_per_prompt) for each in (condition, source, baseline))
         mask = self._mask(mask_image, images, size, num_images_per_prompt, start, condition, source)
 
-        # 5. Denoise along the difference
+        # 6. Denoise along the difference
         latents = self._denoise(
             start,
             condition,
@@ -2051,7 +2222,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
 
-        # 6. Pixels
+        # 7. Pixels
         answers = latents
         if output_type != "latent":
             pixels = self._decode_latents(latents)
