@@ -1146,7 +1146,7 @@ class DifferenceInversionPipeline(DiffusionPipeline):
     def hard_prompts(
         self,
         images: list,
-        num_tokens: int = 8,
+        num_tokens: int = 16,
         num_steps: int = 300,
         learning_rate: float = 0.1,
         generator: Optional[torch.Generator] = None,
@@ -1633,7 +1633,9 @@ class DifferenceInversionPipeline(DiffusionPipeline):
     def _vocabulary_words(self, fewest_letters: int = 1) -> torch.Tensor:
         """Ids of the vocabulary's whole words, which text of them gives back."""
         pattern = re.compile(f"[a-z]{{{fewest_letters},}}</w>")
-        vocab = {token[:-4]: index for token, index in self.tokenizer.get_vocab().items() if pattern.fullmatch(token)}
+        # Sorted, since the tokenizer gives them in another order each time.
+        vocab = sorted((index, token) for token, index in self.tokenizer.get_vocab().items())
+        vocab = {token[:-4]: index for index, token in vocab if pattern.fullmatch(token)}
         read = self.tokenizer(list(vocab), add_special_tokens=False).input_ids if vocab else []
         words = [index for index, ids in zip(vocab.values(), read, strict=True) if ids == [index]]
         return torch.tensor(words, dtype=torch.long, device=self._execution_device)

@@ -1,0 +1,225 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""Prompts that nobody gave: captioners of several kinds, and PEZ."""
+
+import pytest
+import torch
+from conftest import (
+    SIDE,
+    WIDTH,
+    build_captioner,
+    build_pipeline,
+    build_tokenizer,
+    forward_calls,
+    picture,
+    rows_of,
+    seeded,
+)
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
+    CLIPImageProcessor,
+    CLIPTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+
+PICTURES = [picture("red"), picture("yellow"), picture("blue", "white")]
+CHAT = (
+    "{% for message in messages %}user {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+)
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = TOWER | {"image_size": SIDE, "patch_size": 8}
+
+
+def with_image_token() -> CLIPTokenizer:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+def build_chat_captioner() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A model that converses, small and random: it answers a picture and a question with words."""
+    torch.manual_seed(6)
+    tokenizer = with_image_token()
+    text = TOWER | {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 1.0}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    config = LlavaConfig(
+        vision_config=VISION | {"model_type": "clip_vision_model"},
+        text_config=text | {"model_type": "llama"},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-1,
+    )
+    size = {"height": SIDE, "width": SIDE}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    return LlavaForConditionalGeneration(config).eval(), processor
+
+
+def build_blip_2() -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+    torch.manual_seed(7)
+    tokenizer = with_image_token()
+    text = {"model_type": "opt", "vocab_size": len(tokenizer), "word_embed_proj_dim": 16, "ffn_dim": 32}
+    text |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "init_std": 1.0}
+    text |= {"pad_token_id": tokenizer.pad_token_id}
+    config = Blip2Config(
+        vision_config=VISION,
+        qformer_config=TOWER | {"encoder_hidden_size": 16, "vocab_size": 10},
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor = Blip2Processor(BlipImageProcessor(size={"height": SIDE, "width": SIDE}), tokenizer, num_query_tokens=4)
+    return Blip2ForConditionalGeneration(config).eval(), processor
+
+
+CAPTIONERS = {"BLIP": build_captioner, "BLIP-2": build_blip_2, "a model that converses": build_chat_captioner}
+
+
+@pytest.mark.parametrize("build", CAPTIONERS.values(), ids=CAPTIONERS)
+def test_any_captioner_describes_images_and_learning_uses_what_it_says(build, pair):
+    captioner, processor = build()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    captions = pipe.caption(PICTURES)
+    assert len(captions) == 3 and all(isinstance(caption, str) for caption in captions)
+    assert captions == [pipe.caption([image])[0] for image in PICTURES]
+    images = {"before": PICTURES[0], "after": PICTURES[1]}
+    difference = pipe.invert_difference(**images, num_optimization_steps=1, generator=seeded())
+    assert [difference.metadata[name] for name in ("before_prompt", "after_prompt")] == captions[:2]
+
+
+def test_a_captioner_that_converses_is_asked_the_question_and_says_only_its_answer():
+    captioner, processor = build_chat_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    with forward_calls(captioner) as calls:
+        (caption,) = pipe.caption([PICTURES[0]], question="what is red", max_new_tokens=5)
+    asked = processor.batch_decode(calls[0][2]["input_ids"])[0]
+    assert "what is red" in asked and "assistant" in asked
+    assert "what is red" not in caption and "assistant" not in caption
+    with forward_calls(captioner) as calls:
+        pipe(
+            image=PICTURES[0],
+            before=PICTURES[0],
+            after=PICTURES[1],
+            prompt_kwargs={"question": "where is it", "max_new_tokens": 3},
+            num_optimization_steps=1,
+            num_inference_steps=1,
+        )
+    asked = [processor.batch_decode(keywords["input_ids"])[0] for _, _, keywords, _, _ in calls]
+    assert sum("where is it" in text for text in asked) == 3
+
+
+def test_one_call_writes_the_prompts_of_all_images_together():
+    captioner, processor = build_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    images = {"image": PICTURES[2], "before": PICTURES[0], "after": PICTURES[1]}
+    with forward_calls(captioner.vision_model) as calls:
+        out = pipe(**images, num_optimization_steps=1, num_inference_steps=1)
+    assert [len(keywords["pixel_values"]) for _, _, keywords, _, _ in calls] == [3]
+    prompts = [out.difference.metadata[name] for name in ("before_prompt", "after_prompt")]
+    assert prompts == pipe.caption(PICTURES[:2])
+
+
+# ------------------------------------------------------------------------------------------------------------ PEZ
+
+
+def cosines(pipe, images, prompts) -> torch.Tensor:
+    inputs = pipe.clip_processor(images=images, text=prompts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = pipe.clip(**inputs)
+    return (out.image_embeds * out.text_embeds).sum(-1)
+
+
+def test_hard_prompts_are_words_that_clip_finds_nearer_to_the_image_the_longer_it_looks(pipe):
+    begun, ended = (pipe.hard_prompts(PICTURES, num_steps=steps, generator=seeded()) for steps in (1, 60))
+    assert (cosines(pipe, PICTURES, ended) > cosines(pipe, PICTURES, begun) + 0.05).all()
+    vocabulary = pipe.tokenizer.get_vocab()
+    for prompt in ended:
+        ids = pipe.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert len(ids) == 16
+        assert all(f"{word}</w>" in vocabulary for word in prompt.split())
+
+
+def test_hard_prompts_of_several_images_are_those_of_each_alone(pipe):
+    """The first image's start is drawn first, so it is the same whoever comes after it."""
+    together = pipe.hard_prompts(PICTURES, num_tokens=3, num_steps=20, generator=seeded())
+    alone = pipe.hard_prompts(PICTURES[:1], num_tokens=3, num_steps=20, generator=seeded())
+    assert together[:1] == alone
+
+
+def test_hard_prompts_are_repeatable_and_as_long_as_asked(pipe):
+    options = {"num_tokens": 5, "num_steps": 5}
+    first, again, other = (pipe.hard_prompts(PICTURES[:1], **options, generator=seeded(s)) for s in (0, 0, 1))
+    assert first == again != other
+    assert len(first[0].split()) == 5
+
+
+def test_prompts_found_by_pez_describe_all_three_images(pipe):
+    images = {"image": PICTURES[2], "before": PICTURES[0], "after": PICTURES[1]}
+    options = {"prompt_method": "pez", "prompt_kwargs": {"num_tokens": 4, "num_steps": 10}}
+    out = pipe(**images, **options, num_optimization_steps=1, num_inference_steps=1, generator=seeded())
+    expected = pipe.hard_prompts([PICTURES[2], *PICTURES[:2]], num_tokens=4, num_steps=10, generator=seeded())
+    assert [out.difference.metadata[name] for name in ("before_prompt", "after_prompt")] == expected[1:]
+
+
+def test_words_are_not_taken_from_prompts_that_pez_found_but_from_given_ones_they_are(pipe, pair):
+    options = {"prompt_method": "pez", "prompt_kwargs": {"num_steps": 2}, "num_optimization_steps": 1}
+    images = {name: pair[name] for name in ("before", "after")}
+    found = pipe.invert_difference(**images, **options, generator=seeded())
+    assert found.metadata["gained_phrases"] == found.metadata["lost_phrases"] == ""
+    given = pipe.invert_difference(**pair, **options, generator=seeded())
+    assert given.metadata["gained_phrases"] == "yellow castle on snow"
+
+
+def test_pez_leaves_the_components_as_they_were(pipe):
+    table = pipe.text_encoder.get_input_embeddings().weight.clone()
+    pipe.clip.train()
+    pipe.hard_prompts(PICTURES[:1], num_steps=2)
+    assert pipe.clip.training and all(p.requires_grad and p.grad is None for p in pipe.clip.parameters())
+    assert torch.equal(table, pipe.text_encoder.get_input_embeddings().weight)
+    assert rows_of(pipe.invert_difference(PICTURES[0], PICTURES[1], "a", "b", num_optimization_steps=1)).shape == (
+        4,
+        WIDTH,
+    )
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"prompt_method": "poetry"}, ValueError, "`prompt_method`.*poetry.*pez"),
+        (
+            {"prompt_method": "pez", "prompt_kwargs": {"question": "?"}},
+            ValueError,
+            "`prompt_kwargs`.*question.*num_steps",
+        ),
+        ({"prompt_kwargs": {"num_steps": 1}}, ValueError, "`prompt_kwargs`.*num_steps.*question"),
+        ({}, ValueError, "`(before_)?prompt`.*captioner"),
+    ],
+)
+def test_what_cannot_write_prompts_is_refused_before_any_model_runs(pipe, options, error, message):
+    with forward_calls(pipe.unet, pipe.text_encoder, pipe.vae.encoder) as calls:
+        with pytest.raises(error, match=message):
+            pipe.invert_difference(PICTURES[0], PICTURES[1], **options)
+        with pytest.raises(error, match=message):
+            pipe(image=PICTURES[2], before=PICTURES[0], after=PICTURES[1], **options)
+        assert not calls
+
+
+def test_pez_without_clip_says_what_to_load():
+    pipe = build_pipeline(clip=None)
+    with pytest.raises(ValueError, match="`clip` is missing.*give `before_prompt`"):
+        pipe.invert_difference(PICTURES[0], PICTURES[1], prompt_method="pez", lambda_clip=0.0)
