@@ -56,6 +56,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin, StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -438,8 +440,8 @@ def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any) -> None:
 
 
 def _sampled(table: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced rows of an embedding table, by which it is known."""
-    return table.detach()[:: max(1, len(table) // 256)].cpu()
+    """Evenly spaced rows of an embedding table, by which it is known, whatever is added at its end."""
+    return table.detach()[:: max(1, len(table) // 256)][:256].cpu()
 
 
 def embedding_fingerprint(text_encoder: torch.nn.Module) -> str:
@@ -448,11 +450,11 @@ def embedding_fingerprint(text_encoder: torch.nn.Module) -> str:
     return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
 
 
-def same_embeddings(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tables (words, dim) are the same model's, whatever their types, or a fine-tune's of it."""
-    if first.shape != second.shape:
+def same_embeddings(own: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether a table (words, dim) is one model's `own`, or a fine-tune's of it with words added, of whatever type."""
+    if own.shape[1] != table.shape[1] or len(own) > len(table):
         return False
-    cosines = F.cosine_similarity(_sampled(first).float(), _sampled(second).float(), dim=-1)
+    cosines = F.cosine_similarity(_sampled(own).float(), _sampled(table[: len(own)]).float(), dim=-1)
     return bool(cosines.mean() > SAME_EMBEDDINGS)
 
 
@@ -658,9 +660,18 @@ class _Goal:
 # ------------------------------------------------------------------------------------------------- the pipeline
 
 
-class DifferenceInversionPipeline(DiffusionPipeline):
+class DifferenceInversionPipeline(
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+    FromSingleFileMixin,
+):
     r"""
     Learns what changed between two images and applies it to others, with an unmodified Stable Diffusion model.
+
+    LoRAs, textual inversions and single-file checkpoints are loaded by diffusers' own methods: [`load_lora_weights`],
+    [`load_textual_inversion`] and [`from_single_file`]. What is loaded counts while learning too.
 
     Args:
         vae ([`AutoencoderKL`]): between images and latents.
@@ -766,6 +777,12 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
 
     # ------------------------------------------------------------------------------------------------- checking
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **options) -> None:
+        """Diffusers' own, which is asked to load into a second text encoder too where there is none."""
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **options)
 
     def _check_model(self) -> None:
         """Raises `ValueError` for a base model that this pipeline cannot tell what to draw."""
@@ -1232,15 +1249,22 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(self.unet.dtype))
 
     def _place_rows(
-        self, tokenizer: CLIPTokenizer, prompts: list[str], num_rows: int, device: Any
+        self, tokenizer: CLIPTokenizer, prompts: list[str], num_rows: int, device: Any, vocabulary: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length)."""
+        """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length).
+
+        Tokens beyond the rows of `vocabulary`, if that is given, are left out: a textual inversion adds them to the text
+        encoder, and CLIP does not know them.
+        """
         length = tokenizer.model_max_length
         room = length - 2 - num_rows
         input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
         slots = torch.zeros((len(prompts), length), dtype=torch.bool)
         for line, prompt in enumerate(prompts):
+            prompt = self.maybe_convert_prompt(prompt, tokenizer)  # a textual inversion of several vectors
             words = tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=length).input_ids
+            if vocabulary is not None:
+                words = [word for word in words if word < len(vocabulary)]
             if len(words) > room:
                 logger.info("The prompt %r has %d tokens and is shortened to %d.", prompt, len(words), room)
             # The start token stands in for the rows: CLIP looks for the end token to pool at, and must find the end.
@@ -1342,8 +1366,11 @@ class DifferenceInversionPipeline(DiffusionPipeline):
         """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in the encoder's rows."""
         if rows is None:
             rows = torch.zeros(len(prompts), 0, encoder.width, device=self._execution_device)
-        input_ids, slots = self._place_rows(encoder.tokenizer, prompts, rows.shape[1], rows.device)
-        with inserted_rows(encoder.clip.text_model.embeddings.token_embedding, slots, rows):
+        embedding = encoder.clip.text_model.embeddings.token_embedding
+        input_ids, slots = self._place_rows(
+            encoder.tokenizer, prompts, rows.shape[1], rows.device, vocabulary=embedding.weight
+        )
+        with inserted_rows(embedding, slots, rows):
             return F.normalize(_features(encoder.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
 
     def _clip_row_features(self, encoder: _Encoder, rows: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,10 @@ setup(
         "pillow>=10.0",
     ],
     extras_require={
-        # pytest runs the tests and ruff checks the style; tqdm and numpy come with the packages above.
-        "test": ["pytest>=8.0", "ruff>=0.14"],
+        # diffusers loads LoRAs with it.
+        "lora": ["peft>=0.17"],
+        # pytest runs the tests, some of which load a LoRA, and ruff checks the style; tqdm and numpy come with the
+        # packages above.
+        "test": ["pytest>=8.0", "ruff>=0.14", "peft>=0.17"],
     },
 )

@@ -372,3 +372,62 @@ def test_learning_in_half_precision_is_finite_on_every_backbone(name, pair):
     difference = learn(pipe, pair)
     assert all(rows.dtype == torch.float32 and rows.isfinite().all() for rows in difference.embeddings.values())
     assert pipe(**query(), difference=difference).images.isfinite().all()
+
+
+# ------------------------------------------------------------------------------- what diffusers' own loaders bring
+
+
+def random_lora(pipe, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Weights as a LoRA's file has them, for each text encoder's and the UNet's queries."""
+    weights = {}
+    for prefix in ("unet", "text_encoder", "text_encoder_2"):
+        for name, module in getattr(pipe, prefix).named_modules() if getattr(pipe, prefix) else ():
+            if name.endswith(("to_q", "q_proj")):
+                own = {"lora_A": torch.randn(2, module.in_features), "lora_B": torch.randn(module.out_features, 2)}
+                weights |= {f"{prefix}.{name}.{part}.weight": scale * matrix for part, matrix in own.items()}
+    return weights
+
+
+def test_a_lora_counts_in_drawing_and_in_learning_and_is_gone_when_it_is_unloaded(any_pipe, pair):
+    pytest.importorskip("peft")
+    pipe = any_pipe
+    learning = {"init": "random", "lambda_clip": 0.0, "learning_rate": 0.02}
+
+    def outcome() -> tuple[torch.Tensor, torch.Tensor]:
+        learned = joined(learn(pipe, pair, **learning).embeddings)
+        widths = [encoder.config.hidden_size for encoder in (pipe.text_encoder, pipe.text_encoder_2) if encoder]
+        names = ("clip_l", "clip_g") if len(widths) == 2 else ("cat",)
+        fixed = DifferenceTokens({n: torch.ones(2, width) for n, width in zip(names, widths, strict=True)})
+        drawing = {"prompt": "a cabin", "num_inference_steps": STEPS, "output_type": "latent"}
+        return learned, pipe(**drawing, difference=fixed, generator=seeded()).images
+
+    torch.manual_seed(8)
+    plain = outcome()
+    pipe.load_lora_weights(random_lora(pipe), adapter_name="lora")
+    adapted = outcome()
+    pipe.unload_lora_weights()
+    for before, during, after in zip(plain, adapted, outcome(), strict=True):
+        assert (before - during).abs().max() > 1e-3
+        torch.testing.assert_close(before, after)
+
+
+def test_learning_leaves_a_lora_trainable_as_it_was(pair):
+    pytest.importorskip("peft")
+    pipe = build("sd15")
+    pipe.load_lora_weights(random_lora(pipe))
+    before = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
+    learn(pipe, pair, num_optimization_steps=1)
+    assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == before
+
+
+def test_textual_inversions_are_understood_in_prompts_and_do_not_unsettle_clip(pair):
+    pipe, theirs = build("sd15"), stock(build("sd15"))
+    cat = {"<cat>": torch.randn(2, 24, generator=seeded())}
+    for each in (pipe, theirs):
+        each.load_textual_inversion(cat)
+    prompts = ["a red <cat> on grass"]
+    expected, _ = theirs.encode_prompt(prompts, "cpu", 1, False)
+    torch.testing.assert_close(pipe.encode_prompt(prompts), expected)
+    assert (expected - pipe.encode_prompt(["a red on grass"])).abs().max() > 0.1
+    difference = learn(pipe, pair | {"after_prompt": "a red <cat>"}, projection="soft")
+    assert joined(difference.embeddings).isfinite().all()

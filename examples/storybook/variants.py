@@ -21,8 +21,8 @@ from pipeline_difference_inversion import RANDOM_INIT_SCALE, DifferenceInversion
 class TokensFirst(DifferenceInversionPipeline):
     """[D; P]: the tokens stand before the prompt."""
 
-    def _place_rows(self, tokenizer, prompts, num_rows, device):
-        input_ids, slots = super()._place_rows(tokenizer, prompts, num_rows, device)
+    def _place_rows(self, *arguments, **options):
+        input_ids, slots = super()._place_rows(*arguments, **options)
         rank = 2 - slots.int()
         rank[:, 0] = 0  # the start token
         order = rank.argsort(dim=1, stable=True)
