@@ -1015,32 +1015,34 @@ class DifferenceInversionPipeline(
                 f"`mask_image` has {len(masks)} masks for {len(images)} images; give one, or one for each."
             )
 
-    def _resolve_difference(self, difference: Any, difference_scale: Union[float, Sequence[float]]) -> Any:
+    def _resolve_difference(
+        self, difference: Any, difference_scale: Union[float, Sequence[float]], name: str = "difference"
+    ) -> DifferenceTokens:
         """Files, tokens, or several of them, with their scales, as one `DifferenceTokens` that fits this model."""
         given = list(difference) if isinstance(difference, (list, tuple)) else [difference]
         if not given:
-            raise ValueError("`difference` is an empty list; give at least one difference, or leave it out.")
+            raise ValueError(f"`{name}` is an empty list; give at least one difference, or leave it out.")
         scales = difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale] * len(given)
-        scaled = [self._check_difference(d) * float(s) for d, s in zip(given, scales, strict=True)]
+        scaled = [self._check_difference(d, name) * float(s) for d, s in zip(given, scales, strict=True)]
         total = scaled[0]
         for more in scaled[1:]:
             total = total + more
         rows, room = self._rows(total), self._room()
         if len(rows) > room:
-            raise ValueError(f"`difference` has {len(rows)} tokens; the text encoder's window has room for {room}.")
+            raise ValueError(f"`{name}` has {len(rows)} tokens; the text encoder's window has room for {room}.")
         return total
 
     def _room(self) -> int:
         """How many difference tokens there is room for, beside a start and an end."""
         return min(encoder.tokenizer.model_max_length for encoder in self._encoders) - 2
 
-    def _check_difference(self, difference: Any) -> DifferenceTokens:
+    def _check_difference(self, difference: Any, name: str) -> DifferenceTokens:
         if isinstance(difference, (str, os.PathLike)):
             difference = DifferenceTokens.load(difference)
         # Not isinstance: a module loaded twice, as custom pipelines are, has two classes of this name.
         if not (hasattr(difference, "embeddings") and hasattr(difference, "metadata")):
             raise TypeError(
-                "`difference` must be DifferenceTokens, the path of a difference file, or a list of them, "
+                f"`{name}` must be DifferenceTokens, the path of a difference file, or a list of them, "
                 f"and is a {type(difference).__name__}."
             )
         embeddings = dict(difference.embeddings)
@@ -1050,24 +1052,24 @@ class DifferenceInversionPipeline(
         if len(embeddings) != len(encoders) or (two and set(embeddings) != set(TWO_ENCODER_TOKENS)):
             wanted = f"two, whose tokens are named {' and '.join(TWO_ENCODER_TOKENS)}" if two else "one"
             raise ValueError(
-                f"`difference` is for {len(embeddings)} text encoders ({', '.join(embeddings)}); this model has "
-                f"{wanted}."
+                f"`{name}` is for {len(embeddings)} text encoders ({', '.join(embeddings)}); this model has {wanted}."
             )
         if len({len(rows) for rows in embeddings.values()}) > 1:
-            raise ValueError(f"`difference` has not as many rows for one text encoder as for the other: {embeddings}.")
+            raise ValueError(f"`{name}` has not as many rows for one text encoder as for the other: {embeddings}.")
         given = [embeddings[name] for name in TWO_ENCODER_TOKENS] if two else embeddings.values()
         for rows, encoder in zip(given, encoders, strict=True):
             if rows.shape[1] != encoder.width:
                 raise ValueError(
-                    f"`difference` has embeddings of size {rows.shape[1]}, and this model's text encoder has "
+                    f"`{name}` has embeddings of size {rows.shape[1]}, and this model's text encoder has "
                     f"{encoder.width}: it was learned on another base model."
                 )
         learned_on = difference.metadata.get("embedding_fingerprint")
         comparable = self.text_encoder.dtype != torch.bfloat16  # whose rounding changes the fingerprint
         if learned_on and comparable and learned_on != self._fingerprint():
             logger.warning(
-                "`difference` was learned on another base model (%s) of the same size; it may still work, as "
-                "fine-tuned models share their embedding space.",
+                "`%s` was learned on another base model (%s) of the same size; it may still work, as fine-tuned models "
+                "share their embedding space.",
+                name,
                 difference.metadata.get("base_model") or "not named",
             )
         return DifferenceTokens(embeddings, dict(difference.metadata))
@@ -2019,6 +2021,7 @@ class DifferenceInversionPipeline(
         prompt_method: str = "caption",
         prompt_kwargs: Optional[dict[str, Any]] = None,
         negative_prompt: Optional[Union[str, list[str]]] = None,
+        negative_difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
         mask_image: Any = None,
         height: Optional[int] = None,
         width: Optional[int] = None,
@@ -2070,6 +2073,7 @@ class DifferenceInversionPipeline(
             negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
                 the difference alone, or the empty prompt where there is no query image. Without effect at a
                 `guidance_scale` of 1.
+            negative_difference: difference tokens, likewise, that guidance leads away from, after the negative prompt.
             mask_image: where the query may change, white or true, and black or false where it stays to the pixel: an image,
                 a matrix, or one for each query, of any size. `"auto"` takes the places in which the difference changes
                 most of what the UNet sees.
@@ -2172,12 +2176,15 @@ class DifferenceInversionPipeline(
             )
         elif difference is not None:
             difference = self._resolve_difference(difference, difference_scale)
+        if negative_difference is not None:
+            negative_difference = self._resolve_difference(negative_difference, 1.0, "negative_difference")
         self._interrupt = False
         if guidance_scale is None:
             guidance_scale = 7.5 if image is None else 1.0
         self._guidance_scale = guidance_scale
-        if guidance_scale == 1 and negative_prompt is not None:
-            logger.warning("`negative_prompt` has no effect at a `guidance_scale` of 1; give more.")
+        for name, given in (("negative_prompt", negative_prompt), ("negative_difference", negative_difference)):
+            if guidance_scale == 1 and given is not None:
+                logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
         inversion = None if image is None else inversion
         if eta is None:
             eta = 1.0 if inversion == "ddpm" else 0.0
@@ -2205,7 +2212,8 @@ class DifferenceInversionPipeline(
 
         # 4. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
         source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
-        zero_baseline = negative_prompt is None and not images and self._draws_away_from_zeros()
+        nothing_negative = negative_prompt is None and negative_difference is None
+        zero_baseline = nothing_negative and not images and self._draws_away_from_zeros()
         if negative_prompt is None:
             negative_prompt = source_prompts if images else ""
         negative_prompts = self._repeated(negative_prompt, len(prompts))
@@ -2215,7 +2223,10 @@ class DifferenceInversionPipeline(
         condition = self._condition(prompts, rows)
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
         source = self._condition(source_prompts, torch.zeros_like(rows))
-        baseline = self._condition(negative_prompts, torch.zeros_like(rows))
+        negative_rows = torch.zeros_like(rows)
+        if negative_difference is not None:
+            negative_rows = self._rows(negative_difference).expand(len(prompts), -1, -1)
+        baseline = self._condition(negative_prompts, negative_rows)
         if zero_baseline:
             baseline = baseline.each(torch.zeros_like)
 

@@ -637,6 +637,23 @@ def test_text_to_image_is_guided_away_from_the_empty_prompt(pipe):
     assert (draw(pipe, generator=seeded(), negative_prompt="a castle") - empty).abs().max() > 0.01
 
 
+def test_a_negative_difference_is_what_guidance_leads_away_from(pipe):
+    """Away from the change to the other side: the other way round it is the change itself, led away from nothing."""
+    zero, tokens = random_tokens(scale=0.0), random_tokens()
+    towards, away = (
+        draw(pipe, difference=first, negative_difference=second, negative_prompt="a blue cabin", guidance_scale=scale)
+        for first, second, scale in ((tokens, zero, 3.0), (zero, tokens, -2.0))
+    )
+    torch.testing.assert_close(towards, away, atol=1e-4, rtol=1e-4)
+    assert (towards - draw(pipe, difference=zero, guidance_scale=3.0)).abs().max() > 1e-2
+
+
+def test_a_negative_difference_without_guidance_is_said_to_do_nothing(pipe):
+    with logged() as lines:
+        apply(pipe, negative_difference=random_tokens(), guidance_scale=1.0)
+    assert any("`negative_difference` has no effect" in line for line in lines)
+
+
 def test_text_to_image_may_learn_its_difference_in_the_same_call(pipe, pair):
     out = pipe(prompt="a blue cabin", **pair, num_optimization_steps=4, num_inference_steps=2, generator=seeded())
     assert out.images[0].size == (SIDE, SIDE)
@@ -878,6 +895,12 @@ BAD_APPLYING = {
         ValueError,
         "`difference`.*clip_l, clip_g",
     ),
+    "a negative difference that does not fit": (
+        {"negative_difference": random_tokens(width=8)},
+        ValueError,
+        "`negative_difference`.*size 8",
+    ),
+    "a negative difference that is none": ({"negative_difference": 3}, TypeError, "`negative_difference`.*int"),
     "more rows than fit": ({"difference": random_tokens(num_tokens=39)}, ValueError, "`difference`.*39.*38"),
     "two scales for one difference": ({"difference_scale": [1.0, 2.0]}, ValueError, "`difference_scale`.*2"),
     "a mask of no image": ({"image": None, "mask_image": "auto"}, ValueError, "`mask_image`.*`image`"),
@@ -1130,6 +1153,27 @@ def test_components_can_be_moved_to_the_processor_one_by_one(pair):
     out = offloaded(**learning, **query, generator=seeded())
     torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
     torch.testing.assert_close(out.images, expected.images)
+
+
+SAVERS = {
+    "tiled VAE": lambda pipe: pipe.vae.enable_tiling(),
+    "sliced VAE": lambda pipe: pipe.vae.enable_slicing(),
+    "sliced attention": lambda pipe: pipe.enable_attention_slicing(),
+    "gradient checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
+    "offloading by groups": lambda pipe: pipe.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
+}
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_what_saves_memory_changes_neither_what_is_learned_nor_what_is_drawn(pipe, pair, save):
+    options = {"image": picture("blue"), "prompt": "a", **pair, "num_optimization_steps": 2, "num_inference_steps": 2}
+    expected = pipe(**options, output_type="latent", generator=seeded())
+    save(pipe)
+    saved = pipe(**options, output_type="latent", generator=seeded())
+    torch.testing.assert_close(rows_of(saved.difference), rows_of(expected.difference), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(saved.images, expected.images, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
