@@ -36,7 +36,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -645,15 +645,29 @@ class _Start:
 
 
 @dataclass
+class _Settings:
+    """How tokens are learned: the arguments of [`~DifferenceInversionPipeline.invert_difference`] of these names."""
+
+    num_tokens: int
+    num_optimization_steps: int
+    learning_rate: Optional[float]
+    alpha: float
+    lambda_clip: float
+    lambda_tc: float
+    lambda_before: float
+    init: str
+    projection: str
+    num_samples_per_step: int
+
+
+@dataclass
 class _Goal:
     """What the tokens are learned for (equation 10): pairs, the delta (dim,) of each CLIP if they count, and the weights;
     and, if they are to be words, the rows (words, dim) that they may be."""
 
     examples: list[_Example]
     deltas: list[torch.Tensor]
-    lambda_clip: float
-    lambda_tc: float
-    lambda_before: float
+    settings: _Settings
     vocabulary: Optional[torch.Tensor] = None
 
 
@@ -800,20 +814,11 @@ class DifferenceInversionPipeline(
         after,
         before_prompt,
         after_prompt,
-        num_tokens,
-        num_optimization_steps,
-        learning_rate,
-        alpha,
-        lambda_clip,
-        lambda_tc,
-        lambda_before,
-        init,
-        projection="soft",
-        num_samples_per_step=1,
-        prompt_method="caption",
-        prompt_kwargs=None,
-        height=None,
-        width=None,
+        prompt_method: str,
+        prompt_kwargs: Optional[dict],
+        settings: _Settings,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
         self._check_model()
@@ -834,36 +839,42 @@ class DifferenceInversionPipeline(
         self._check_prompt_method(prompt_method, prompt_kwargs)
         self._check_prompts("before_prompt", before_prompt, len(befores), prompt_method)
         self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"`alpha` is {alpha}; it goes from 0 (the images' delta) to 1 (the captions' delta).")
-        if lambda_clip < 0 or lambda_tc < 0 or lambda_clip + lambda_tc == 0:
+        if not 0 <= settings.alpha <= 1:
             raise ValueError(
-                f"`lambda_clip` is {lambda_clip} and `lambda_tc` is {lambda_tc}; both must be at least 0, "
+                f"`alpha` is {settings.alpha}; it goes from 0 (the images' delta) to 1 (the captions' delta)."
+            )
+        if settings.lambda_clip < 0 or settings.lambda_tc < 0 or settings.lambda_clip + settings.lambda_tc == 0:
+            raise ValueError(
+                f"`lambda_clip` is {settings.lambda_clip} and `lambda_tc` is {settings.lambda_tc}; both must be at least 0, "
                 "and one of them more."
             )
-        if not lambda_before >= 0:
-            raise ValueError(f"`lambda_before` is {lambda_before}; it must be at least 0.")
-        if num_optimization_steps < 1:
-            raise ValueError(f"`num_optimization_steps` is {num_optimization_steps}; it must be at least 1.")
+        if not settings.lambda_before >= 0:
+            raise ValueError(f"`lambda_before` is {settings.lambda_before}; it must be at least 0.")
+        if settings.num_optimization_steps < 1:
+            raise ValueError(f"`num_optimization_steps` is {settings.num_optimization_steps}; it must be at least 1.")
         room = self._room()
-        if not 1 <= num_tokens <= room:
-            raise ValueError(f"`num_tokens` is {num_tokens}; the text encoder's window has room for 1 to {room}.")
-        if num_samples_per_step < 1:
-            raise ValueError(f"`num_samples_per_step` is {num_samples_per_step}; it must be at least 1.")
-        if learning_rate is not None and learning_rate <= 0:
-            raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
-        if init not in ("prompts", "clip", "random", "zeros"):
-            raise ValueError(f"`init` is {init!r}; it is 'prompts', 'clip', 'random' or 'zeros' (the paper's).")
-        if projection not in ("soft", "hard"):
-            raise ValueError(f"`projection` is {projection!r}; it is 'soft' (any rows) or 'hard' (words).")
+        if not 1 <= settings.num_tokens <= room:
+            raise ValueError(
+                f"`num_tokens` is {settings.num_tokens}; the text encoder's window has room for 1 to {room}."
+            )
+        if settings.num_samples_per_step < 1:
+            raise ValueError(f"`num_samples_per_step` is {settings.num_samples_per_step}; it must be at least 1.")
+        if settings.learning_rate is not None and settings.learning_rate <= 0:
+            raise ValueError(f"`learning_rate` is {settings.learning_rate}; it must be above 0.")
+        if settings.init not in ("prompts", "clip", "random", "zeros"):
+            raise ValueError(
+                f"`init` is {settings.init!r}; it is 'prompts', 'clip', 'random' or 'zeros' (the paper's)."
+            )
+        if settings.projection not in ("soft", "hard"):
+            raise ValueError(f"`projection` is {settings.projection!r}; it is 'soft' (any rows) or 'hard' (words).")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x, "
                 f"2.x and SDXL, and its prediction_type is {self.scheduler.config.prediction_type!r}."
             )
-        if lambda_clip > 0:
+        if settings.lambda_clip > 0:
             self._check_clip("learn with `lambda_clip=0`")
-        elif init == "clip":
+        elif settings.init == "clip":
             self._check_clip("choose another `init`")
 
     def _check_clip(self, way_out: str) -> None:
@@ -1461,11 +1472,7 @@ class DifferenceInversionPipeline(
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
         """
-        self.check_learning_inputs(
-            before,
-            after,
-            before_prompt,
-            after_prompt,
+        settings = _Settings(
             num_tokens,
             num_optimization_steps,
             learning_rate,
@@ -1476,34 +1483,17 @@ class DifferenceInversionPipeline(
             init,
             projection,
             num_samples_per_step,
-            prompt_method,
-            prompt_kwargs,
-            height,
-            width,
+        )
+        self.check_learning_inputs(
+            before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
         )
         befores, afters = as_list(before), as_list(after)
         groups = ((befores, before_prompt), (afters, after_prompt))
         prompts = self._write_prompts(prompt_method, prompt_kwargs, generator, *groups)
-        return self._learn(
-            befores,
-            afters,
-            *prompts,
-            prompt_method == "caption" or None not in (before_prompt, after_prompt),
-            height=height,
-            width=width,
-            num_tokens=num_tokens,
-            num_optimization_steps=num_optimization_steps,
-            learning_rate=learning_rate,
-            alpha=alpha,
-            lambda_clip=lambda_clip,
-            lambda_tc=lambda_tc,
-            lambda_before=lambda_before,
-            init=init,
-            projection=projection,
-            num_samples_per_step=num_samples_per_step,
-            generator=generator,
-            callback=callback_on_optimization_step,
-        )
+        comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
+        size = self._common_size(befores, "before", height, width)
+        pairs = (befores, afters, *prompts)
+        return self._learn(*pairs, comparable, size, settings, generator, callback_on_optimization_step)
 
     def _learn(
         self,
@@ -1512,66 +1502,43 @@ class DifferenceInversionPipeline(
         before_prompts: list[str],
         after_prompts: list[str],
         comparable: bool,
-        *,
-        height=None,
-        width=None,
-        num_tokens: int,
-        num_optimization_steps: int,
-        learning_rate: Optional[float],
-        alpha: float,
-        lambda_clip: float,
-        lambda_tc: float,
-        lambda_before: float,
-        init: str,
-        projection: str,
-        num_samples_per_step: int,
+        size: tuple[int, int],
+        settings: _Settings,
         generator,
         callback: Optional[Callable],
     ) -> DifferenceTokens:
-        """Learns from pairs with their prompts, of which words are compared if they tell the same kind of things."""
+        """Learns from pairs with their prompts, whose words are compared if both tell the same kind of things."""
         generator = generator[0] if isinstance(generator, list) else generator
+        hard = settings.projection == "hard"
         self._interrupt = False
         with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
             # 1. Latents of each pair
-            examples = self._prepare_examples(befores, afters, before_prompts, after_prompts, height, width)
+            before_latents = self._encode_images(befores, "before", size).float().split(1)
+            after_latents = self._encode_images(afters, "after", size).float().split(1)
+            parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
+            examples = [_Example(*part) for part in parts]
             # 2. What CLIP says has changed
-            deltas = self._clip_deltas(examples, befores, afters, alpha) if lambda_clip > 0 else []
-            hard = projection == "hard"
-            allowed = self._vocabulary_words() if hard else None
-            vocabulary = self._embedded(allowed) if hard else None
-            goal = _Goal(examples, deltas, lambda_clip, lambda_tc, lambda_before, vocabulary)
+            deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
             # 3. The tokens
             lost, gained = self._changed_phrases(examples) if comparable else ([], [])
-            words = self._word_rows(lost, gained, num_tokens if init == "prompts" else 0)
-            if init == "clip" or (init == "prompts" and not len(words) and lambda_clip > 0):
+            words = self._word_rows(lost, gained, settings.num_tokens if settings.init == "prompts" else 0)
+            unsaid = settings.init == "prompts" and not len(words) and settings.lambda_clip > 0
+            if settings.init == "clip" or unsaid:
                 words = self._seen_word(examples, befores, afters, generator)
-            if learning_rate is None:
+            if settings.learning_rate is None:
                 learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
-            num_rows = len(words) if hard and len(words) else num_tokens  # random words would say what nobody meant
-            tokens = self._initial_tokens(num_rows, init, words, generator)
-            tokens, loss = self._optimize(
-                tokens,
-                goal,
-                num_optimization_steps,
-                learning_rate,
-                num_samples_per_step,
-                generator,
-                callback,
-            )
+                settings = replace(settings, learning_rate=learning_rate)
+            if hard and len(words):  # random words beside them would say what nobody meant
+                settings = replace(settings, num_tokens=len(words))
+            allowed = self._vocabulary_words() if hard else None
+            vocabulary = self._embedded(allowed) if hard else None
+            tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
+            goal = _Goal(examples, deltas, settings, vocabulary)
+            tokens, loss = self._optimize(tokens, goal, generator, callback)
         self.maybe_free_model_hooks()
-        if hard:
-            tokens, nearest = projected(tokens, vocabulary)
-            token_ids = allowed[nearest].tolist()
-        settings = {
-            "num_tokens": len(tokens),
-            "steps": num_optimization_steps,
-            "learning_rate": learning_rate,
-            "alpha": alpha,
-            "lambda_clip": lambda_clip,
-            "lambda_tc": lambda_tc,
-            "lambda_before": lambda_before,
-            "init": init,
-            "projection": projection,
+        story = {
+            **vars(settings),
+            "steps": settings.num_optimization_steps,
             "loss": f"{loss:.6g}",
             "seed": "" if generator is None else generator.initial_seed(),
             "before_prompt": examples[0].before_prompt,
@@ -1579,12 +1546,14 @@ class DifferenceInversionPipeline(
             "lost_phrases": "\n".join(lost),
             "gained_phrases": "\n".join(gained),
         }
+        del story["num_optimization_steps"]
         if hard:
-            settings["token_ids"] = " ".join(map(str, token_ids))
+            tokens, nearest = projected(tokens, vocabulary)
+            story["token_ids"] = " ".join(map(str, allowed[nearest].tolist()))
         embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
-        return DifferenceTokens(embeddings, self._metadata(settings))
+        return DifferenceTokens(embeddings, self._metadata(story))
 
-    def _metadata(self, settings: dict[str, Any]) -> dict[str, str]:
+    def _metadata(self, story: dict[str, Any]) -> dict[str, str]:
         own = {
             "format": FILE_FORMAT,
             "format_version": FILE_FORMAT_VERSION,
@@ -1597,19 +1566,12 @@ class DifferenceInversionPipeline(
             "transformers": transformers.__version__,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
-        return {name: str(value) for name, value in (own | settings).items()}
+        return {name: str(value) for name, value in (own | story).items()}
 
     def _base_model(self) -> str:
         """The base model's name; of a local folder only its last part, as difference files are made to be shared."""
         name = self.config.get("_name_or_path") or ""
         return Path(name).resolve().name if os.path.exists(name) else name
-
-    def _prepare_examples(self, befores, afters, before_prompts, after_prompts, height, width) -> list[_Example]:
-        size = self._common_size(befores, "before", height, width)
-        before_latents = self._encode_images(befores, "before", size).float().split(1)
-        after_latents = self._encode_images(afters, "after", size).float().split(1)
-        parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
-        return [_Example(*part) for part in parts]
 
     def _word_rows(self, lost: list[str], gained: list[str], num_tokens: int) -> torch.Tensor:
         """What the captions say has changed, in the tokens' own space, (up to num_tokens, dim).
@@ -1684,9 +1646,6 @@ class DifferenceInversionPipeline(
         self,
         tokens: torch.Tensor,
         goal: _Goal,
-        num_optimization_steps: int,
-        learning_rate: float,
-        num_samples_per_step: int,
         generator: Optional[torch.Generator],
         callback: Optional[Callable],
     ) -> tuple[torch.Tensor, float]:
@@ -1694,10 +1653,10 @@ class DifferenceInversionPipeline(
 
         The loss of a step says more about the noises and time steps that it happened to draw than about the tokens.
         """
-        tokens = tokens.requires_grad_(True)
-        optimizer, schedule = self._optimizer(tokens, learning_rate, num_optimization_steps)
+        tokens, num_steps = tokens.requires_grad_(True), goal.settings.num_optimization_steps
+        optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, num_steps)
         probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
-        judge_every = max(1, num_optimization_steps // 10)
+        judge_every = max(1, num_steps // 10)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
         scale = 1024.0 if half else 1.0
@@ -1708,10 +1667,10 @@ class DifferenceInversionPipeline(
 
         try:
             judge(tokens)
-            progress_bar = self.progress_bar(range(num_optimization_steps))
+            progress_bar = self.progress_bar(range(num_steps))
             for step in progress_bar:
                 example = goal.examples[step % len(goal.examples)]
-                draw = self._draw(example.before_latents, num_samples_per_step, generator)
+                draw = self._draw(example.before_latents, goal.settings.num_samples_per_step, generator)
                 with torch.enable_grad():
                     losses = self._losses(tokens, example, draw, goal)
                     (losses["loss"] * scale).backward()
@@ -1724,7 +1683,7 @@ class DifferenceInversionPipeline(
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
                 if callback is not None:
                     callback(self, step, {**values, "tokens": tokens.detach().clone()})
-                if (step + 1) % judge_every == 0 or step + 1 == num_optimization_steps or self.interrupt:
+                if (step + 1) % judge_every == 0 or step + 1 == num_steps or self.interrupt:
                     judge(tokens)
                 if self.interrupt:
                     break
@@ -1732,7 +1691,7 @@ class DifferenceInversionPipeline(
             logger.warning(
                 "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
                 step + 1,
-                num_optimization_steps,
+                num_steps,
             )
             judge(tokens)
         loss, best = min(candidates, key=lambda candidate: candidate[0])
@@ -1755,14 +1714,15 @@ class DifferenceInversionPipeline(
         losses = {"loss": 0.0}
         if goal.vocabulary is not None:
             tokens, _ = projected(tokens, goal.vocabulary)
-        if goal.lambda_clip > 0:
+        weights = goal.settings
+        if weights.lambda_clip > 0:
             pairs = zip(self._token_features(tokens, example), goal.deltas, strict=True)
             losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pairs]).mean()
-            losses["loss"] = losses["loss"] + goal.lambda_clip * losses["clip_loss"]
-        if goal.lambda_tc > 0:
-            loss = self._token_consistency_loss(tokens, example, draw, goal.lambda_before)
+            losses["loss"] = losses["loss"] + weights.lambda_clip * losses["clip_loss"]
+        if weights.lambda_tc > 0:
+            loss = self._token_consistency_loss(tokens, example, draw, weights.lambda_before)
             losses["token_consistency_loss"] = loss
-            losses["loss"] = losses["loss"] + goal.lambda_tc * losses["token_consistency_loss"]
+            losses["loss"] = losses["loss"] + weights.lambda_tc * losses["token_consistency_loss"]
         return losses
 
     def _token_features(self, tokens: torch.Tensor, example: _Example) -> list[torch.Tensor]:
@@ -2143,18 +2103,18 @@ class DifferenceInversionPipeline(
             prompt_method,
             prompt_kwargs,
         )
-        settings = {
-            "num_tokens": num_tokens,
-            "num_optimization_steps": num_optimization_steps,
-            "learning_rate": learning_rate,
-            "alpha": alpha,
-            "lambda_clip": lambda_clip,
-            "lambda_tc": lambda_tc,
-            "lambda_before": lambda_before,
-            "init": init,
-            "projection": projection,
-            "num_samples_per_step": num_samples_per_step,
-        }
+        settings = _Settings(
+            num_tokens,
+            num_optimization_steps,
+            learning_rate,
+            alpha,
+            lambda_clip,
+            lambda_tc,
+            lambda_before,
+            init,
+            projection,
+            num_samples_per_step,
+        )
         learns = before is not None or after is not None
         by_words_alone = image is not None and prompt is not None and source_prompt is not None
         if difference is None and not learns and not by_words_alone:
@@ -2166,13 +2126,7 @@ class DifferenceInversionPipeline(
             raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
         if learns:
             self.check_learning_inputs(
-                before,
-                after,
-                before_prompt,
-                after_prompt,
-                **settings,
-                prompt_method=prompt_method,
-                prompt_kwargs=prompt_kwargs,
+                before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings
             )
         elif difference is not None:
             difference = self._resolve_difference(difference, difference_scale)
@@ -2198,15 +2152,8 @@ class DifferenceInversionPipeline(
         applied = difference
         if learns:
             comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
-            difference = self._learn(
-                befores,
-                afters,
-                *pair_prompts,
-                comparable,
-                **settings,
-                generator=generator,
-                callback=callback_on_optimization_step,
-            )
+            pairs, pair_size = (befores, afters, *pair_prompts), self._common_size(befores, "before", None, None)
+            difference = self._learn(*pairs, comparable, pair_size, settings, generator, callback_on_optimization_step)
             applied = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
 
