@@ -53,6 +53,7 @@ from baselines import load_instruct, load_sdedit, visii_instruction
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
+from train import XL_COMPONENTS
 from world import ATTRIBUTES, describe, render, restatement
 
 
@@ -103,8 +104,9 @@ class Answer:
     read: dict[str, bool]  # whether the captioner reads the right scene in the answer
 
 
-def load_pipeline(folder: Path, device: torch.device) -> DifferenceInversionPipeline:
-    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=torch.float32)
+def load_pipeline(folder: Path, device: torch.device, xl: Path | None = None) -> DifferenceInversionPipeline:
+    parts = {name: kind.from_pretrained(xl / name) for name, (_, kind) in XL_COMPONENTS.items()} if xl else {}
+    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=torch.float32, **parts).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -296,6 +298,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the analogies; several are run together")
     parser.add_argument("--per-kind", type=int, default=20, help="analogies of each of the six kinds from each seed")
     parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--xl", type=Path, metavar="FOLDER", help="Storybook-XL's own parts, beside those of --model")
     parser.add_argument(
         "--config",
         action="append",
@@ -327,7 +330,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options, state = parse_options(), PartialState(cpu=not torch.cuda.is_available())
-    pipe = load_pipeline(options.model, state.device)
+    pipe = load_pipeline(options.model, state.device, options.xl)
     options.instruct = options.instruct and load_instruct(pipe, options.instruct)
     encode = encoder_of(pipe.clip, pipe.clip_processor.image_processor)
     analogies = draw_analogies(options.seed, options.per_kind)

@@ -16,6 +16,8 @@ STAGE is one of the following, each of which needs the ones above it, or `all` f
     evaluate    scores whatever is there on fresh scenes and draws sheets of samples
     edits       draws one edited picture for each picture and encodes it, once
     instruct    InstructPix2Pix's UNet, on the edits; a baseline of the benchmark, which stays in the work folder
+    clip_2      Storybook-XL's second CLIP and text encoder, narrower than the first
+    unet_xl     Storybook-XL's UNet, from Storybook's weights, on the latents; with `--xl-dir` as its folder
 
 A stage that trains writes a log, and a checkpoint every few minutes; after an interruption the same command goes on
 from the checkpoint, and with a larger `--steps` it trains on. Every checkpoint also writes the component, in half
@@ -38,6 +40,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -61,6 +64,7 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -71,6 +75,8 @@ HERE = Path(__file__).parent
 MAX_TOKENS = 40  # the longest varied caption fits; Stable Diffusion's 77 would only cost time
 VOCABULARY_SIZE = 500
 WIDTH = 128  # of CLIP, of its text encoder, and so of the UNet's cross-attention
+WIDTH_2 = 96  # of Storybook-XL's second one
+TIME_WIDTH = 32  # of each of the six numbers that tell SDXL's kind of UNet how large the picture is
 CROP = 64  # the VAE is convolutional: it learns on crops, at a quarter of the cost
 TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
 IMAGE_TOWER = {"num_hidden_layers": 4, "image_size": PICTURE_SIZE, "patch_size": 16}
@@ -97,6 +103,8 @@ RECIPES = {
     "unet": Recipe(21000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
     "instruct": Recipe(1150, 32, 3e-4),
+    "clip_2": Recipe(3000, 64, 1e-3),
+    "unet_xl": Recipe(3000, 32, 4e-4),
 }
 
 
@@ -189,12 +197,21 @@ COMPONENTS = {
 }
 
 
-def load_component(options: argparse.Namespace, name: str):
+XL_COMPONENTS = {
+    "tokenizer_2": ("transformers", CLIPTokenizer),
+    "text_encoder_2": ("transformers", CLIPTextModelWithProjection),
+    "clip_2": ("transformers", CLIPModel),
+    "unet": ("diffusers", UNet2DConditionModel),
+}
+
+
+def load_component(options: argparse.Namespace, name: str, folder: Path | None = None):
     """A component in single precision, frozen, on the device; None where it has not been written yet."""
-    folder = options.model_dir / name
+    components = COMPONENTS if folder is None else XL_COMPONENTS
+    folder = (folder or options.model_dir) / name
     if not folder.is_dir():
         return None
-    component = COMPONENTS[name][1].from_pretrained(folder)
+    component = components[name][1].from_pretrained(folder)
     if isinstance(component, torch.nn.Module):
         component.float().eval().requires_grad_(False).to(options.device)
     return component
@@ -399,7 +416,8 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- clip
 
 
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+def build_clip(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPModel:
+    tower = TOWER | {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     text = {
         "vocab_size": len(tokenizer),
         "num_hidden_layers": 4,
@@ -409,7 +427,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return CLIPModel(CLIPConfig(text_config=TOWER | text, vision_config=TOWER | IMAGE_TOWER, projection_dim=WIDTH))
+    return CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | IMAGE_TOWER, projection_dim=width))
 
 
 def contrastive_loss(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -432,11 +450,23 @@ def similar_scenes(values: np.ndarray, count: int, rng: random.Random) -> list[i
 
 
 def stage_clip(options: argparse.Namespace) -> None:
-    """Trains CLIP with many near misses in each batch."""
+    """Trains CLIP, whose text tower is also the text encoder."""
     tokenizer = load_component(options, "tokenizer")
+    images = CLIPImageProcessor(size={"shortest_edge": PICTURE_SIZE}, crop_size=IMAGE_SIZE)
+    save_component(CLIPProcessor(images, tokenizer), options.model_dir / "clip_processor")
+
+    def export(average: CLIPModel, done: bool) -> None:
+        save_component(average, options.model_dir / "clip")
+        # Read back from CLIP's folder: the text encoder is the same weights, under the names of CLIP's text tower.
+        save_component(CLIPTextModel.from_pretrained(options.model_dir / "clip"), options.model_dir / "text_encoder")
+
+    train_clip("clip", begin("clip", functools.partial(build_clip, tokenizer), options), tokenizer, options, export)
+
+
+def train_clip(stage: str, model: CLIPModel, tokenizer: CLIPTokenizer, options, export: Callable) -> None:
+    """With many near misses in each batch."""
     pictures, scenes = load_pictures(options), load_scenes(options)
     values = np.array([[ATTRIBUTES[name].index(getattr(scene, name)) for name in ATTRIBUTES] for scene in scenes])
-    model = begin("clip", functools.partial(build_clip, tokenizer), options)
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = similar_scenes(values, batch_size // 2, rng)
@@ -452,14 +482,7 @@ def stage_clip(options: argparse.Namespace) -> None:
         right = same.gather(1, logits.argmax(1, keepdim=True)).float().mean()
         return {"loss": contrastive_loss(logits.float(), same), "right": right}
 
-    def export(average: CLIPModel, done: bool) -> None:
-        save_component(average, options.model_dir / "clip")
-        # Read back from CLIP's folder: the text encoder is the same weights, under the names of CLIP's text tower.
-        save_component(CLIPTextModel.from_pretrained(options.model_dir / "clip"), options.model_dir / "text_encoder")
-
-    images = CLIPImageProcessor(size={"shortest_edge": PICTURE_SIZE}, crop_size=IMAGE_SIZE)
-    save_component(CLIPProcessor(images, tokenizer), options.model_dir / "clip_processor")
-    fit("clip", model, options, losses, export)
+    fit(stage, model, options, losses, export)
 
 
 # ----------------------------------------------------------------------------------------------------------- vae
@@ -608,25 +631,35 @@ def spread_times(count: int) -> torch.Tensor:
 def stage_unet(options: argparse.Namespace) -> None:
     """Trains the diffusion model on cached latents."""
     tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
+    save_component(build_scheduler(), options.model_dir / "scheduler")
+
+    def told(captions: list[str]) -> dict[str, torch.Tensor]:
+        ids = token_ids(tokenizer, captions).to(options.device)
+        return {"encoder_hidden_states": text_encoder(ids).last_hidden_state}  # [N, 40, 128]
+
+    train_unet("unet", begin("unet", build_unet, options), told, options, options.model_dir)
+
+
+def train_unet(stage: str, model: UNet2DConditionModel, told: Callable, options, folder: Path) -> None:
+    """On cached latents, told captions as the UNet's keyword arguments."""
     latents, scenes = torch.from_numpy(np.load(options.work_dir / "latents.npy")), load_scenes(options)
-    scheduler, model = build_scheduler(), begin("unet", build_unet, options)
+    scheduler = build_scheduler()
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = rng.choices(range(len(scenes)), k=batch_size)
         clean = latents[chosen].float().to(options.device)  # [N, 4, 16, 16]
-        ids = token_ids(tokenizer, [unet_caption(scenes[i], rng) for i in chosen]).to(options.device)
+        captions = [unet_caption(scenes[i], rng) for i in chosen]
         with torch.no_grad():
-            text = text_encoder(ids).last_hidden_state  # [N, 40, 128]
+            text = told(captions)
         times, noise = spread_times(batch_size).to(options.device), torch.randn_like(clean)
         velocity = scheduler.get_velocity(clean, noise, times)
-        predicted = model(scheduler.add_noise(clean, noise, times), times, text).sample
+        predicted = model(scheduler.add_noise(clean, noise, times), times, **text).sample
         return {"loss": F.mse_loss(predicted.float(), velocity)}
 
     def export(average: UNet2DConditionModel, done: bool) -> None:
-        save_component(average, options.model_dir / "unet")
+        save_component(average, folder / "unet")
 
-    save_component(scheduler, options.model_dir / "scheduler")
-    fit("unet", model, options, losses, export)
+    fit(stage, model, options, losses, export)
 
 
 # ----------------------------------------------------------------------------------------------------- captioner
@@ -790,6 +823,65 @@ def stage_instruct(options: argparse.Namespace) -> None:
         save_component(average, options.work_dir / "instruct_unet")
 
     fit("instruct", model, options, losses, export)
+
+
+# ------------------------------------------------------------------------------------------------- storybook-xl
+
+
+def stage_clip_2(options: argparse.Namespace) -> None:
+    """Trains Storybook-XL's second CLIP; its text tower, with the projection, is the second text encoder."""
+    tokenizer = load_component(options, "tokenizer")
+    model = build_clip(tokenizer, WIDTH_2)
+    save_component(tokenizer, options.xl_dir / "tokenizer_2")
+    tokenizer.backend_tokenizer.model.save(str(options.xl_dir / "tokenizer_2"))
+
+    def export(average: CLIPModel, done: bool) -> None:
+        save_component(average, options.xl_dir / "clip_2")
+        encoder = CLIPTextModelWithProjection.from_pretrained(options.xl_dir / "clip_2")
+        save_component(encoder, options.xl_dir / "text_encoder_2")
+
+    train_clip("clip_2", model, tokenizer, options, export)
+
+
+def build_unet_xl(options: argparse.Namespace) -> UNet2DConditionModel:
+    """Storybook's UNet, which begins as it was for the first text encoder's half, and deaf to what is new."""
+    old = load_component(options, "unet")
+    new = {
+        "cross_attention_dim": WIDTH + WIDTH_2,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": TIME_WIDTH,
+        "projection_class_embeddings_input_dim": WIDTH_2 + 6 * TIME_WIDTH,
+    }
+    unet = UNet2DConditionModel.from_config(dict(old.config) | new)
+    weights = old.state_dict()
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name not in weights:
+                if name.startswith("add_embedding.linear_2"):
+                    parameter.zero_()
+            elif parameter.shape == weights[name].shape:
+                parameter.copy_(weights[name])
+            else:
+                parameter.zero_()[:, :WIDTH].copy_(weights[name])
+    return unet.to(options.device)
+
+
+def stage_unet_xl(options: argparse.Namespace) -> None:
+    """Trains the UNet to hear two text encoders, as SDXL's does: one layer early, and the second's pooled as well."""
+    tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
+    text_encoder_2 = load_component(options, "text_encoder_2", options.xl_dir)
+
+    def told(captions: list[str]) -> dict[str, Any]:
+        ids = token_ids(tokenizer, captions).to(options.device)
+        first, second = (encoder(ids, output_hidden_states=True) for encoder in (text_encoder, text_encoder_2))
+        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)  # [N, 40, 224]
+        # An empty caption is zeros, as force_zeros_for_empty_prompt has it.
+        said = torch.tensor([bool(words) for words in captions], device=options.device)[:, None]
+        size = torch.tensor([PICTURE_SIZE, PICTURE_SIZE, 0, 0, PICTURE_SIZE, PICTURE_SIZE], device=options.device)
+        added = {"text_embeds": second.text_embeds * said, "time_ids": size.float().expand(len(captions), -1)}
+        return {"encoder_hidden_states": text * said[:, None], "added_cond_kwargs": added}
+
+    train_unet("unet_xl", build_unet_xl(options), told, options, options.xl_dir)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluate
@@ -957,6 +1049,8 @@ STAGES = {
     "evaluate": stage_evaluate,
     "edits": stage_edits,
     "instruct": stage_instruct,
+    "clip_2": stage_clip_2,
+    "unet_xl": stage_unet_xl,
 }
 ALL = list(STAGES)[: list(STAGES).index("evaluate") + 1]
 
@@ -973,11 +1067,11 @@ def keep_memory() -> None:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """True where bfloat16 arithmetic is native; elsewhere it is emulated, slowly."""
+    """True where bfloat16 arithmetic is faster: on a CPU with AVX-512's alone the UNet took half as long again."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     able = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return bool(able.get("amx_bf16"))
 
 
 def parse_options() -> argparse.Namespace:
@@ -985,6 +1079,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--work-dir", type=Path, default=HERE / "runs", help="pictures, logs, checkpoints, sheets")
     parser.add_argument("--model-dir", type=Path, default=HERE / "model", help="the components")
+    parser.add_argument("--xl-dir", type=Path, default=HERE / "model_xl", help="what Storybook-XL has of its own")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's own choice")
     parser.add_argument("--scenes", type=int, default=24000, help="training pictures")
     parser.add_argument("--edits", type=int, default=8000, help="edited pictures, at most one for each picture")
