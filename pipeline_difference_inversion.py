@@ -61,6 +61,14 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -103,6 +111,35 @@ MATCHING_CLIP = {
 }
 # Mean cosine of two models' word embeddings above which one is a copy or a fine-tune of the other.
 SAME_EMBEDDINGS = 0.5
+
+WEIGHT_NAME = "difference.safetensors"
+CARD = """# {title}
+
+{pictures}Difference tokens for {base_model}: what changed between two pictures, as a few rows of the text encoder's input
+space, learned by Difference Inversion ([arXiv:2506.07750](https://arxiv.org/abs/2506.07750)).
+
+## Use
+
+To make the same change to another picture, with `pipe` a `DifferenceInversionPipeline` of the base model:
+
+```python
+difference = pipe.load_difference("{repo_id}")
+pipe(image=picture, difference=difference).images[0]
+```
+
+In stock Stable Diffusion, and as a file in the `embeddings` folder of ComfyUI, it is a textual inversion:
+
+```python
+pipe.load_textual_inversion("{repo_id}", weight_name="difference.safetensors")
+pipe("a picture, <difference>").images[0]
+```
+
+SDXL's file has the rows of two text encoders, `clip_l` and `clip_g`, which take one such call each.
+
+## How it was learned
+
+{settings}
+"""
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -283,6 +320,10 @@ class DifferenceTokens:
     def __neg__(self) -> "DifferenceTokens":
         return self * -1.0
 
+    def negated(self) -> "DifferenceTokens":
+        """The way back, `-d`, to be saved for programs that know no negative scales."""
+        return -self
+
     def __add__(self, other: "DifferenceTokens") -> "DifferenceTokens":
         if len(self.embeddings) != len(other.embeddings):
             raise ValueError(f"Differences for different text encoders do not add: {self!r} and {other!r}.")
@@ -397,7 +438,7 @@ class DifferenceTokens:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
-                embeddings = {name: file.get_tensor(name) for name in file.keys()}
+                embeddings = _as_matrices({name: file.get_tensor(name) for name in file.keys()}, metadata)
         except SafetensorError as error:
             raise ValueError(
                 f"`difference`: {str(path)!r} {_what_a_file_is(path)} Give a .safetensors file written by "
@@ -411,6 +452,153 @@ class DifferenceTokens:
                 f"{FILE_FORMAT_VERSION}. Update pipeline_difference_inversion.py."
             )
         return cls(embeddings, metadata)
+
+    def save_pretrained(
+        self,
+        folder: Union[str, os.PathLike],
+        before: Optional[Image.Image] = None,
+        after: Optional[Image.Image] = None,
+        repo_id: Optional[str] = None,
+    ) -> Path:
+        """Writes a folder as it goes to the Hub: `difference.safetensors`, a model card, and the two pictures if given.
+
+        Args:
+            folder: where; it is made if it is not there, and what else is in it stays.
+            before: the picture before the change, as the card is to show it.
+            after: the picture after it.
+            repo_id: the repository's name in the card's examples, by default the folder's.
+        """
+        folder = Path(folder)
+        pictures = {name: image for name, image in (("before", before), ("after", after)) if image is not None}
+        for name, image in pictures.items():
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"`{name}` must be a PIL image for the card, and is a {type(image).__name__}.")
+        self.save(folder / WEIGHT_NAME)
+        for name, image in pictures.items():
+            flatten_image(image, name).save(folder / f"{name}.png")
+        self._card(repo_id or folder.name, list(pictures)).save(folder / "README.md")
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        before: Optional[Image.Image] = None,
+        after: Optional[Image.Image] = None,
+        private: Optional[bool] = None,
+        token: Optional[str] = None,
+        revision: Optional[str] = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload difference tokens",
+    ) -> str:
+        """Uploads what [`save_pretrained`] writes to a repository of the Hub, which is made if it is not there.
+
+        Args:
+            repo_id: "user/name".
+            before, after: pictures for the card.
+            private, token, revision, create_pr, commit_message: as huggingface_hub has them.
+
+        Returns:
+            The address of the commit.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, before, after, repo_id)
+            options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+
+    def _card(self, repo_id: str, pictures: list[str]) -> ModelCard:
+        base_model = self.metadata.get("base_model", "")
+        about = ModelCardData(
+            library_name="diffusers",
+            pipeline_tag="image-to-image",
+            base_model=base_model if "/" in base_model else None,  # a name without one is a folder's, not the Hub's
+            tags=["diffusers", "textual-inversion", "difference-tokens"],
+        )
+        change = [self.metadata.get(f"{name}_prompt", "") for name in ("before", "after")]
+        settings = [(name, value) for name, value in sorted(self.metadata.items()) if value]
+        rows = "\n".join(
+            f"| {name} | {' / '.join(value.splitlines()).replace('|', ' ')} |" for name, value in settings
+        )
+        shown = (
+            f"| {' | '.join(pictures)} |\n{'|---' * len(pictures)}|\n"
+            f"| {' | '.join(f'![{name}]({name}.png)' for name in pictures)} |\n\n"
+        )
+        text = CARD.format(
+            title=" → ".join(change) if all(change) else repo_id,
+            pictures=shown if pictures else "",
+            base_model=base_model or "its base model",
+            repo_id=repo_id,
+            settings=f"| setting | value |\n|---|---|\n{rows}",
+        )
+        return ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo_id: Union[str, os.PathLike],
+        weight_name: Optional[str] = None,
+        revision: Optional[str] = None,
+        token: Optional[str] = None,
+        cache_dir: Union[str, os.PathLike, None] = None,
+        local_files_only: bool = False,
+    ) -> "DifferenceTokens":
+        """Reads a difference file, or the one in a folder or in a repository of the Hub.
+
+        Args:
+            path_or_repo_id: a file, a folder, or "user/name".
+            weight_name: the file's name in it: by default `difference.safetensors`, or the only safetensors file of a
+                folder.
+            revision, token, cache_dir, local_files_only: as huggingface_hub has them.
+
+        Raises:
+            FileNotFoundError: if there is no such file, folder or repository, or no such file in it.
+            OSError: if the Hub cannot be reached.
+            ValueError: if the file is not a difference; see [`load`].
+        """
+        path = Path(path_or_repo_id)
+        if path.is_file():
+            return cls.load(path)
+        if path.is_dir():
+            return cls.load(_file_in(path, weight_name))
+        where, name = f"`path_or_repo_id`: {str(path_or_repo_id)!r}", weight_name or WEIGHT_NAME
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        try:
+            return cls.load(hf_hub_download(str(path_or_repo_id), name, **options))
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise FileNotFoundError(
+                f"{where} is neither a file, nor a folder, nor a repository of the Hub that you may read."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise FileNotFoundError(f"{where} has no revision {revision!r}.") from error
+        except LocalEntryNotFoundError as error:
+            raise OSError(f"{where} is not here, and the Hub cannot be reached to fetch {name!r} from it.") from error
+        except EntryNotFoundError as error:
+            raise FileNotFoundError(f"{where} has no file {name!r}; give another `weight_name`.") from error
+
+
+def _file_in(folder: Path, weight_name: Optional[str]) -> Path:
+    """The difference file of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if weight_name is None and not (folder / WEIGHT_NAME).is_file():
+        if len(files) == 1:
+            return files[0]
+        raise FileNotFoundError(
+            f"`path_or_repo_id`: the folder {str(folder)!r} has {len(files)} safetensors files and none named "
+            f"{WEIGHT_NAME!r}; give its name as `weight_name`."
+        )
+    return folder / (weight_name or WEIGHT_NAME)
+
+
+def _as_matrices(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Other programs' files as ours: a single vector is one row, and of A1111's parts only the parameters count."""
+    if metadata.get("format") == FILE_FORMAT:
+        return tensors
+    parameters = {name: rows for name, rows in tensors.items() if name.startswith("string_to_param")}
+    tensors = parameters or tensors
+    return {
+        name: rows[None] if rows.ndim == 1 and rows.is_floating_point() else rows for name, rows in tensors.items()
+    }
 
 
 def _written(tokenizer: CLIPTokenizer, ids: list[int]) -> str:
@@ -1026,6 +1214,17 @@ class DifferenceInversionPipeline(
                 f"`mask_image` has {len(masks)} masks for {len(images)} images; give one, or one for each."
             )
 
+    def load_difference(self, path_or_repo_id: Union[str, os.PathLike], **options) -> DifferenceTokens:
+        """Reads a difference from a file, a folder or a repository of the Hub, and sees that it fits this model.
+
+        Args:
+            path_or_repo_id: and all else: see [`DifferenceTokens.from_pretrained`].
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: as it does, and if the difference is for another base model.
+        """
+        return self._check_difference(DifferenceTokens.from_pretrained(path_or_repo_id, **options), "difference")
+
     def _resolve_difference(
         self, difference: Any, difference_scale: Union[float, Sequence[float]], name: str = "difference"
     ) -> DifferenceTokens:
@@ -1049,7 +1248,8 @@ class DifferenceInversionPipeline(
 
     def _check_difference(self, difference: Any, name: str) -> DifferenceTokens:
         if isinstance(difference, (str, os.PathLike)):
-            difference = DifferenceTokens.load(difference)
+            folder = Path(difference).is_dir()
+            difference = (DifferenceTokens.from_pretrained if folder else DifferenceTokens.load)(difference)
         # Not isinstance: a module loaded twice, as custom pipelines are, has two classes of this name.
         if not (hasattr(difference, "embeddings") and hasattr(difference, "metadata")):
             raise TypeError(

@@ -291,7 +291,6 @@ def test_a_picture_is_no_difference(tmp_path):
 
 
 WRONG_TENSORS = {
-    "one dimension": ({"<difference>": torch.zeros(4)}, r"\(4,\).*matrices"),
     "three dimensions": ({"<difference>": torch.zeros(1, 2, 4)}, r"\(1, 2, 4\).*matrices"),
     "integers": ({"<difference>": torch.zeros(2, 4, dtype=torch.int64)}, "int64.*floating-point"),
     "not a number": ({"<difference>": torch.tensor([[0.0, float("nan")]])}, "not finite"),
@@ -304,6 +303,12 @@ WRONG_TENSORS = {
 def test_tensors_that_are_no_difference_are_refused(tensors, message, tmp_path):
     save_file(tensors, tmp_path / "d.safetensors")
     with pytest.raises(ValueError, match=f"`difference`.*{message}"):
+        DifferenceTokens.load(tmp_path / "d.safetensors")
+
+
+def test_a_file_of_ours_with_a_vector_in_place_of_a_matrix_is_refused(tmp_path):
+    save_file({"<difference>": torch.zeros(4)}, tmp_path / "d.safetensors", metadata={"format": "difference-tokens"})
+    with pytest.raises(ValueError, match=r"`difference`.*\(4,\).*matrices"):
         DifferenceTokens.load(tmp_path / "d.safetensors")
 
 
