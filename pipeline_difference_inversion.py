@@ -862,6 +862,22 @@ class _Goal:
 # ------------------------------------------------------------------------------------------------- the pipeline
 
 
+def components_come_first(init: Callable) -> Callable:
+    """Lets `__init__` look as if its optional components had no defaults.
+
+    `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)` takes what has one for a setting, and in silence prefers
+    the folder's component to the one that it is given.
+    """
+    signature = inspect.signature(init)
+    settings = ("force_zeros_for_empty_prompt",)
+    parameters = [
+        parameter if name in settings else parameter.replace(default=inspect.Parameter.empty)
+        for name, parameter in signature.parameters.items()
+    ]
+    init.__signature__ = signature.replace(parameters=parameters)
+    return init
+
+
 class DifferenceInversionPipeline(
     DiffusionPipeline,
     StableDiffusionMixin,
@@ -915,6 +931,7 @@ class DifferenceInversionPipeline(
         "negative_pooled_prompt_embeds",
     ]
 
+    @components_come_first
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -979,6 +996,20 @@ class DifferenceInversionPipeline(
         return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
 
     # ------------------------------------------------------------------------------------------------- checking
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options) -> "DifferenceInversionPipeline":
+        """Diffusers' own, without its trap: unless a `dtype` is given, all weights, which are shared, keep theirs."""
+        options = {name: None for name in cls._optional_components if getattr(pipeline, name, None) is None} | options
+        shared = [
+            part for part in (*pipeline.components.values(), *options.values()) if isinstance(part, torch.nn.Module)
+        ]
+        dtypes = [part.dtype for part in shared]
+        built = super().from_pipe(pipeline, **options)
+        if not {"dtype", "torch_dtype"} & options.keys():
+            for part, dtype in zip(shared, dtypes, strict=True):
+                part.to(dtype)
+        return built
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **options) -> None:

@@ -1102,11 +1102,15 @@ def test_optional_components_can_be_added_to_a_stock_checkpoint(tmp_path, load, 
     assert rows_of(loaded.invert_difference(**pair, num_optimization_steps=4, generator=seeded())).any()
 
 
-def test_the_imported_class_loads_with_another_clip_than_the_folders(tmp_path):
-    build_pipeline().save_pretrained(tmp_path)
+@LOADERS
+def test_a_component_that_is_given_wins_over_the_folders(tmp_path, load):
+    captioner, processor = build_captioner()
+    build_pipeline(captioner=captioner, captioner_processor=processor).save_pretrained(tmp_path)
     clip = build_clip(build_tokenizer(), seed=9)
-    assert load_by_class(tmp_path, clip=clip).clip is clip
-    assert load_by_class(tmp_path, clip=None).clip is None
+    assert load(tmp_path, clip=clip).clip is clip
+    bare = load(tmp_path, clip=None, captioner=None)
+    assert bare.clip is None and bare.captioner is None
+    assert bare.clip_processor is not None
 
 
 def test_a_clip_registered_after_loading_replaces_the_folders(tmp_path):
@@ -1129,11 +1133,15 @@ def test_the_tokens_of_a_module_loaded_twice_are_understood(tmp_path, pipe, pair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_pipe_shares_the_weights_of_a_stock_pipeline(dtype, pair):
+@pytest.mark.parametrize("said", [True, False])
+def test_from_pipe_shares_the_weights_of_a_stock_pipeline(dtype, said, pair):
     stock, own = stock_pipeline().to(dtype), build_components()
+    options = {"dtype": stock.dtype} if said else {}
+    own["clip"].to(dtype)
     pipe = DifferenceInversionPipeline.from_pipe(
-        stock, dtype=stock.dtype, clip=own["clip"], clip_processor=own["clip_processor"]
+        stock, clip=own["clip"], clip_processor=own["clip_processor"], **options
     )
+    assert pipe.clip.dtype == dtype
     for name in ("vae", "text_encoder", "unet"):
         assert getattr(pipe, name) is getattr(stock, name)
         assert getattr(stock, name).dtype == dtype
