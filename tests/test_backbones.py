@@ -3,13 +3,14 @@
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
 from backbones import build_backbone
 from conftest import PIPELINE_FILE, forward_calls, logged, picture, seeded
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
@@ -431,3 +432,84 @@ def test_textual_inversions_are_understood_in_prompts_and_do_not_unsettle_clip(p
     assert (expected - pipe.encode_prompt(["a red on grass"])).abs().max() > 0.1
     difference = learn(pipe, pair | {"after_prompt": "a red <cat>"}, projection="soft")
     assert joined(difference.embeddings).isfinite().all()
+
+
+# How the files of one piece, which many checkpoints come as, name what diffusers names otherwise; in this order.
+SINGLE_FILE_NAMES = {
+    "unet": [
+        (r"^time_embedding.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+        (r"^conv_in", "input_blocks.0.0"),
+        (r"^conv_norm_out", "out.0"),
+        (r"^conv_out", "out.2"),
+        (
+            r"^down_blocks.(\d).(resnets|attentions).(\d)",
+            lambda m: f"input_blocks.{3 * int(m[1]) + int(m[3]) + 1}.{int(m[2] == 'attentions')}",
+        ),
+        (r"^down_blocks.(\d).downsamplers.0.conv", lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op"),
+        (
+            r"^up_blocks.(\d).(resnets|attentions).(\d)",
+            lambda m: f"output_blocks.{3 * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}",
+        ),
+        (
+            r"^up_blocks.(\d).upsamplers.0",
+            lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}",
+        ),
+        (r"^mid_block.resnets.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
+        (r"^mid_block.attentions.0", "middle_block.1"),
+    ],
+    "vae": [
+        (r"down_blocks.(\d).resnets.(\d)", r"down.\1.block.\2"),
+        (r"down_blocks.(\d).downsamplers.0", r"down.\1.downsample"),
+        (r"up_blocks.(\d).resnets.(\d)", lambda m: f"up.{3 - int(m[1])}.block.{m[2]}"),
+        (r"up_blocks.(\d).upsamplers.0", lambda m: f"up.{3 - int(m[1])}.upsample"),
+        (r"mid_block.resnets.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+        (r"mid_block.attentions.0", "mid.attn_1"),
+        (r"attn_1.group_norm", "attn_1.norm"),
+        (r"attn_1.to_([qkv])", r"attn_1.\1"),
+        (r"attn_1.to_out.0", "attn_1.proj_out"),
+        (r"conv_norm_out", "norm_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+    ],
+}
+RESNET_NAMES = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def single_file(pipe) -> dict[str, torch.Tensor]:
+    """The weights under the names of a checkpoint in one file."""
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    weights = {}
+    for part, rules in SINGLE_FILE_NAMES.items():
+        for name, weight in getattr(pipe, part).state_dict().items():
+            if part == "unet" and ".resnets." in name:
+                name = re.sub(r"(?<=\d\.)(\w+)(?=\.\w+$)", lambda m: RESNET_NAMES[m[1]], name)
+            for pattern, written in rules:
+                name = re.sub(pattern, written, name)
+            if "attn_1" in name and name.endswith("weight") and weight.ndim == 2:
+                weight = weight[:, :, None, None]
+            weights[prefixes[part] + name] = weight.contiguous()
+    for name, weight in pipe.text_encoder.state_dict().items():
+        weights[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
+    return weights
+
+
+def test_a_checkpoint_in_one_file_loads(pair, tmp_path):
+    expected = build("sd15")
+    stock(expected).save_pretrained(tmp_path / "config")
+    save_file(single_file(expected), tmp_path / "model.safetensors")
+    clips = {"clip": expected.clip, "clip_processor": expected.clip_processor}
+    pipe = DifferenceInversionPipeline.from_single_file(
+        str(tmp_path / "model.safetensors"), config=str(tmp_path / "config"), local_files_only=True, **clips
+    )
+    pipe.set_progress_bar_config(disable=True)
+    learned, again = (learn(each, pair) for each in (expected, pipe))
+    torch.testing.assert_close(joined(again.embeddings), joined(learned.embeddings), atol=1e-3, rtol=1e-3)
+    options = {**query(), "difference": learned, "inversion": "sdedit"}
+    ours, theirs = (each(**options, generator=seeded()).images for each in (pipe, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
