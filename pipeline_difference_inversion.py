@@ -127,19 +127,25 @@ difference = pipe.load_difference("{repo_id}")
 pipe(image=picture, difference=difference).images[0]
 ```
 
-In stock Stable Diffusion, and as a file in the `embeddings` folder of ComfyUI, it is a textual inversion:
+In stock diffusers, and as a file in the `embeddings` folder of ComfyUI, it is a textual inversion:
 
 ```python
-pipe.load_textual_inversion("{repo_id}", weight_name="difference.safetensors")
+{stock}
 pipe("a picture, <difference>").images[0]
 ```
-
-SDXL's file has the rows of two text encoders, `clip_l` and `clip_g`, which take one such call each.
 
 ## How it was learned
 
 {settings}
 """
+
+STOCK = """pipe.load_textual_inversion("{repo_id}", weight_name="difference.safetensors")"""
+STOCK_TWO_ENCODERS = """rows = safetensors.torch.load_file(huggingface_hub.hf_hub_download("{repo_id}", "difference.safetensors"))
+for name, encoder, tokenizer in (
+    ("clip_l", pipe.text_encoder, pipe.tokenizer),
+    ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
+):
+    pipe.load_textual_inversion(rows[name], token="<difference>", text_encoder=encoder, tokenizer=tokenizer)"""
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -325,9 +331,11 @@ class DifferenceTokens:
         return -self
 
     def __add__(self, other: "DifferenceTokens") -> "DifferenceTokens":
-        if len(self.embeddings) != len(other.embeddings):
+        names = list(self.embeddings)
+        if len(names) != len(other.embeddings) or (len(names) > 1 and set(names) != set(other.embeddings)):
             raise ValueError(f"Differences for different text encoders do not add: {self!r} and {other!r}.")
-        pairs = zip(self.embeddings.items(), other.embeddings.values(), strict=True)
+        # One encoder's tokens may have any name; those of two are told apart by theirs, and files sort them.
+        others = other.embeddings if len(names) > 1 else dict(zip(names, other.embeddings.values(), strict=True))
         common = ("base_model", "prediction_type", "embedding_fingerprint")
         metadata = {k: v for k, v in self.metadata.items() if k in common and other.metadata.get(k) == v}
         for key in ("lost_phrases", "gained_phrases"):
@@ -336,7 +344,8 @@ class DifferenceTokens:
                 metadata[key] = phrases
         if all("token_ids" in d.metadata for d in (self, other)):
             metadata["token_ids"] = f"{self.metadata['token_ids']} {other.metadata['token_ids']}"
-        return DifferenceTokens({name: torch.cat([rows, more.to(rows)]) for (name, rows), more in pairs}, metadata)
+        rows = {name: torch.cat([own, others[name].to(own)]) for name, own in self.embeddings.items()}
+        return DifferenceTokens(rows, metadata)
 
     def to(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> "DifferenceTokens":
         """Returns a copy on another device or in another floating-point type."""
@@ -434,7 +443,9 @@ class DifferenceTokens:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"`difference`: there is no file {str(path)!r}.")
+            raise FileNotFoundError(
+                f"`difference`: there is no file {str(path)!r}. Repositories of the Hub are read by `pipe.load_difference`."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
@@ -476,7 +487,7 @@ class DifferenceTokens:
         self.save(folder / WEIGHT_NAME)
         for name, image in pictures.items():
             flatten_image(image, name).save(folder / f"{name}.png")
-        self._card(repo_id or folder.name, list(pictures)).save(folder / "README.md")
+        self._card(repo_id or folder.resolve().name, list(pictures)).save(folder / "README.md")
         return folder
 
     def push_to_hub(
@@ -502,6 +513,8 @@ class DifferenceTokens:
         """
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, before, after, repo_id)
             options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
@@ -529,6 +542,7 @@ class DifferenceTokens:
             pictures=shown if pictures else "",
             base_model=base_model or "its base model",
             repo_id=repo_id,
+            stock=(STOCK if len(self.embeddings) == 1 else STOCK_TWO_ENCODERS).format(repo_id=repo_id),
             settings=f"| setting | value |\n|---|---|\n{rows}",
         )
         return ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}")
@@ -628,13 +642,16 @@ def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any) -> None:
 
 
 def _sampled(table: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced rows of an embedding table, by which it is known, whatever is added at its end."""
-    return table.detach()[:: max(1, len(table) // 256)][:256].cpu()
+    """Evenly spaced rows of an embedding table, by which it is known."""
+    return table.detach()[:: max(1, len(table) // 256)].cpu()
 
 
-def embedding_fingerprint(text_encoder: torch.nn.Module) -> str:
-    """Short hash of an evenly spaced sample of a text encoder's token embeddings, the same in fp16 and fp32."""
-    sample = _sampled(text_encoder.get_input_embeddings().weight).to(torch.float16)
+def embedding_fingerprint(text_encoder: torch.nn.Module, vocab_size: Optional[int] = None) -> str:
+    """Short hash of an evenly spaced sample of a text encoder's token embeddings, the same in fp16 and fp32.
+
+    With `vocab_size`, of the vocabulary that the model came with, whatever a textual inversion has added.
+    """
+    sample = _sampled(text_encoder.get_input_embeddings().weight[:vocab_size]).to(torch.float16)
     return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -715,17 +732,25 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4
 
 
-def flatten_image(image: Any, name: str) -> Any:
+def flatten_image(image: Any, name: str, background: str = "white") -> Any:
     """Turns a PIL image of any mode upright and RGB, transparency on white; gives float arrays and tensors a batch of 1.
 
     Raises:
         TypeError: if it is nothing that the image processor takes.
+        ValueError: if an array or a tensor has neither one channel nor three.
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         image = image.float() / 255
     if isinstance(image, (np.ndarray, torch.Tensor)):
+        channels = -1 if isinstance(image, np.ndarray) else 0
+        if image.ndim != 3 or image.shape[channels] not in (1, 3):
+            order = "(height, width, 3)" if channels else "(3, height, width)"
+            raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
+        image = (
+            image if image.shape[channels] == 3 else (np.repeat(image, 3, -1) if channels else image.expand(3, -1, -1))
+        )
         return image[None]  # [1, height, width, 3] or [1, 3, height, width]
     if not isinstance(image, Image.Image):
         raise TypeError(
@@ -735,7 +760,7 @@ def flatten_image(image: Any, name: str) -> Any:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     if image.mode.startswith("I;16"):
         image = (
             image.convert("I").point(lambda value: value / 256).convert("L")
@@ -743,15 +768,24 @@ def flatten_image(image: Any, name: str) -> Any:
     return image.convert("RGB")
 
 
+def as_masks(masks: Any) -> list:
+    """One mask or several, as a list; a stack (masks, height, width) is taken apart."""
+    stacked = isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3
+    if stacked and masks.shape[0] not in (1, 3) and masks.shape[-1] not in (1, 3):
+        return list(masks)
+    return as_list(masks)
+
+
 def flatten_mask(mask: Any) -> Any:
-    """The same for masks, which may also be matrices (height, width) of truths or of numbers from 0 to 1."""
-    if isinstance(mask, (np.ndarray, torch.Tensor)):
-        mask = torch.as_tensor(mask)
-        mask = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
-        channels_last = mask.ndim == 3 and mask.shape[-1] in (1, 3)
-        mask = mask.mean(-1 if channels_last else 0) if mask.ndim == 3 else mask
-        return mask[None, None]
-    return flatten_image(mask, "mask_image")
+    """The same for masks, transparency on black; they may also be matrices (height, width) of truths or of numbers."""
+    if not isinstance(mask, (np.ndarray, torch.Tensor)):
+        return flatten_image(mask, "mask_image", background="black")
+    mask = torch.as_tensor(mask)
+    bytes_to_255 = mask.dtype == torch.uint8 and bool((mask > 1).any())
+    mask = mask.float() / (255 if bytes_to_255 else 1)
+    if mask.ndim == 3:
+        mask = mask.mean(-1 if mask.shape[-1] in (1, 3) else 0)
+    return mask[None, None]
 
 
 def image_size(image: Any) -> tuple[int, int]:
@@ -1001,14 +1035,21 @@ class DifferenceInversionPipeline(
     def from_pipe(cls, pipeline: DiffusionPipeline, **options) -> "DifferenceInversionPipeline":
         """Diffusers' own, without its trap: unless a `dtype` is given, all weights, which are shared, keep theirs."""
         options = {name: None for name in cls._optional_components if getattr(pipeline, name, None) is None} | options
-        shared = [
-            part for part in (*pipeline.components.values(), *options.values()) if isinstance(part, torch.nn.Module)
+        shared = [p for p in (*pipeline.components.values(), *options.values()) if isinstance(p, torch.nn.Module)]
+        owners = [module for part in shared for module in part.modules()]
+        # By tensor: a UNet may keep a part of itself in another type, and a quantised one may not be cast at all.
+        dtypes = [
+            (owner, name, tensor.dtype)
+            for owner in owners
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+            if tensor is not None
         ]
-        dtypes = [part.dtype for part in shared]
         built = super().from_pipe(pipeline, **options)
         if not {"dtype", "torch_dtype"} & options.keys():
-            for part, dtype in zip(shared, dtypes, strict=True):
-                part.to(dtype)
+            for owner, name, dtype in dtypes:
+                tensor = getattr(owner, name)
+                if tensor.dtype != dtype:
+                    tensor.data = tensor.data.to(dtype)
         return built
 
     @classmethod
@@ -1132,18 +1173,34 @@ class DifferenceInversionPipeline(
         write = self.hard_prompts if method == "pez" else self.caption
         known = [name for name in inspect.signature(write).parameters if name not in ("images", "generator")]
         unknown = [name for name in options or {} if name not in known]
+        if method == "pez":
+            self._check_hard_prompts(**options or {})
         if unknown:
             raise ValueError(f"`prompt_kwargs` has {unknown}; for `prompt_method={method!r}` known are {known}.")
+
+    def _check_hard_prompts(self, num_tokens: int = 1, num_steps: int = 1, learning_rate: float = 1.0, **_) -> None:
+        if not 1 <= num_tokens <= self._room():
+            raise ValueError(f"`num_tokens` of a hard prompt is {num_tokens}; there is room for 1 to {self._room()}.")
+        if num_steps < 1 or learning_rate <= 0:
+            raise ValueError(
+                f"`num_steps` is {num_steps} and `learning_rate` {learning_rate}; both must be above 0 for a hard prompt."
+            )
+
+    def _check_captioner(self, name: str) -> None:
+        if self.captioner is None or self.captioner_processor is None:
+            raise ValueError(
+                f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load "
+                "the pipeline with `captioner` and `captioner_processor`."
+                if name != "images"
+                else "There is no captioner to describe `images`: load the pipeline with `captioner` and "
+                "`captioner_processor`."
+            )
 
     def _check_prompts(self, name: str, prompts: Any, count: int, method: str = "caption") -> None:
         if prompts is None and method == "pez":
             self._check_clip(f"give `{name}`")
         elif prompts is None:
-            if self.captioner is None or self.captioner_processor is None:
-                raise ValueError(
-                    f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load "
-                    "the pipeline with `captioner` and `captioner_processor`."
-                )
+            self._check_captioner(name)
         elif not all(isinstance(prompt, str) for prompt in as_list(prompts)):
             raise TypeError(f"`{name}` must be a string or a list of strings, and is {prompts!r}.")
         elif len(as_list(prompts)) not in (1, count):
@@ -1237,7 +1294,7 @@ class DifferenceInversionPipeline(
             if mask_image != "auto":
                 raise ValueError(f"`mask_image` is {mask_image!r}; it is an image or 'auto'.")
             return
-        masks = as_list(mask_image)
+        masks = as_masks(mask_image)
         for mask in masks:
             flatten_mask(mask)
         if len(masks) not in (1, len(images)):
@@ -1297,7 +1354,7 @@ class DifferenceInversionPipeline(
                 f"`{name}` is for {len(embeddings)} text encoders ({', '.join(embeddings)}); this model has {wanted}."
             )
         if len({len(rows) for rows in embeddings.values()}) > 1:
-            raise ValueError(f"`{name}` has not as many rows for one text encoder as for the other: {embeddings}.")
+            raise ValueError(f"`{name}` has not as many rows for one text encoder as for the other: {difference!r}.")
         given = [embeddings[name] for name in TWO_ENCODER_TOKENS] if two else embeddings.values()
         for rows, encoder in zip(given, encoders, strict=True):
             if rows.shape[1] != encoder.width:
@@ -1317,7 +1374,7 @@ class DifferenceInversionPipeline(
         return DifferenceTokens(embeddings, dict(difference.metadata))
 
     def _fingerprint(self) -> str:
-        return " ".join(embedding_fingerprint(encoder.model) for encoder in self._encoders)
+        return " ".join(embedding_fingerprint(e.model, e.tokenizer.vocab_size) for e in self._encoders)
 
     # -------------------------------------------------------------------------------------------------- prompts
 
@@ -1381,6 +1438,7 @@ class DifferenceInversionPipeline(
                 as the beginning of their answer.
             max_new_tokens: the most tokens of an answer.
         """
+        self._check_captioner("images")
         pictures = [self._to_pil(image, "images") for image in as_list(images)]
         processor = self.captioner_processor
         with frozen(self.captioner):
@@ -1424,6 +1482,8 @@ class DifferenceInversionPipeline(
             learning_rate: AdamW's.
             generator: makes results repeatable.
         """
+        self._check_clip("have the captioner describe `images`")
+        self._check_hard_prompts(num_tokens, num_steps, learning_rate)
         encoder = self._encoders_with_clip()[0]
         with frozen(encoder.clip):
             target = self._clip_image_features(encoder.clip, as_list(images))
@@ -1690,7 +1750,7 @@ class DifferenceInversionPipeline(
                 `"zeros"`: the paper's, section 4.4, which worked less well here.
             projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
                 pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
-                words there are no more of them than it found.
+                words there are no more of them than it found. They can hardly say that something has gone.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
@@ -1751,9 +1811,11 @@ class DifferenceInversionPipeline(
             # 2. What CLIP says has changed
             deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
             # 3. The tokens
+            allowed = self._vocabulary_words() if hard else None
             lost, gained = self._changed_phrases(examples) if comparable else ([], [])
-            words = self._word_rows(lost, gained, settings.num_tokens if settings.init == "prompts" else 0)
-            unsaid = settings.init == "prompts" and not len(words) and settings.lambda_clip > 0
+            room = settings.num_tokens if settings.init == "prompts" else 0
+            words = self._word_rows([] if hard else lost, gained, room, allowed)
+            unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
             if settings.init == "clip" or unsaid:
                 words = self._seen_word(examples, befores, afters, generator)
             if settings.learning_rate is None:
@@ -1761,7 +1823,6 @@ class DifferenceInversionPipeline(
                 settings = replace(settings, learning_rate=learning_rate)
             if hard and len(words):  # random words beside them would say what nobody meant
                 settings = replace(settings, num_tokens=len(words))
-            allowed = self._vocabulary_words() if hard else None
             vocabulary = self._embedded(allowed) if hard else None
             tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
             goal = _Goal(examples, deltas, settings, vocabulary)
@@ -1804,16 +1865,20 @@ class DifferenceInversionPipeline(
         name = self.config.get("_name_or_path") or ""
         return Path(name).resolve().name if os.path.exists(name) else name
 
-    def _word_rows(self, lost: list[str], gained: list[str], num_tokens: int) -> torch.Tensor:
+    def _word_rows(
+        self, lost: list[str], gained: list[str], num_tokens: int, allowed: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """What the captions say has changed, in the tokens' own space, (up to num_tokens, dim).
 
         That is the words of A' that A's prompt does not have, or, where there are none, those that it lost, negated.
         Of more words than there is room for the last stay, because a phrase ends in its noun; of several pairs' words,
         those that all pairs have. Both kinds at once would make a difference that runs backwards as well, and runs
-        forwards less well: a negated noun is often heard as a noun.
+        forwards less well: a negated noun is often heard as a noun. Words that are not `allowed` are left out, or that
+        an encoder does not have.
         """
-        words = self.tokenizer(" ".join(gained or lost), add_special_tokens=False).input_ids
-        rows = self._embedded(words) * (1 if gained else -1)
+        ids = self.tokenizer(" ".join(gained or lost), add_special_tokens=False).input_ids
+        known = set(range(min(len(e.table) for e in self._encoders)) if allowed is None else allowed.tolist())
+        rows = self._embedded([index for index in ids if index in known]) * (1 if gained else -1)
         return rows[max(0, len(rows) - num_tokens) :]
 
     def _changed_phrases(self, examples: list[_Example]) -> tuple[list[str], list[str]]:
@@ -1913,7 +1978,8 @@ class DifferenceInversionPipeline(
                 values = {name: float(value) for name, value in losses.items()}
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
                 if callback is not None:
-                    callback(self, step, {**values, "tokens": tokens.detach().clone()})
+                    used = tokens if goal.vocabulary is None else projected(tokens, goal.vocabulary)[0]
+                    callback(self, step, {**values, "tokens": used.detach().clone()})
                 if (step + 1) % judge_every == 0 or step + 1 == num_steps or self.interrupt:
                     judge(tokens)
                 if self.interrupt:
@@ -2176,7 +2242,7 @@ class DifferenceInversionPipeline(
         if isinstance(mask_image, str):
             places = self._changing_places(start, condition, source) > AUTO_MASK_THRESHOLD
             return F.interpolate(places.float(), scale_factor=self.vae_scale_factor)
-        masks = [self.mask_processor.preprocess(flatten_mask(mask), *size) for mask in as_list(mask_image)]
+        masks = [self.mask_processor.preprocess(flatten_mask(mask), *size) for mask in as_masks(mask_image)]
         mask = torch.cat(masks * len(images) if len(masks) == 1 else masks)[:, :1]
         return mask.to(self._execution_device).repeat_interleave(num_images_per_prompt, dim=0)
 
@@ -2266,7 +2332,7 @@ class DifferenceInversionPipeline(
                 `guidance_scale` of 1.
             negative_difference: difference tokens, likewise, that guidance leads away from, after the negative prompt.
             mask_image: where the query may change, white or true, and black or false where it stays to the pixel: an image,
-                a matrix, or one for each query, of any size. `"auto"` takes the places in which the difference changes
+                a matrix, or a list of one for each query, of any size. `"auto"` takes the places in which the difference changes
                 most of what the UNet sees.
             height: of the answer, in pixels; the query's own by default, in whole latents.
             width: likewise.

@@ -177,6 +177,23 @@ def test_sdxl_learns_the_tokens_of_both_encoders_together(xl, pair):
         assert (begun.embeddings[name] - ended.embeddings[name]).abs().max() > 1e-3
 
 
+def test_sdxls_differences_add_whatever_the_order_that_a_file_has_them_in(xl, pair, tmp_path):
+    difference = learn(xl, pair, num_optimization_steps=1)
+    loaded = DifferenceTokens.load(difference.save(tmp_path / "d"))
+    for total in (difference + loaded, loaded + difference):
+        for name, rows in difference.embeddings.items():
+            assert torch.equal(total.embeddings[name], torch.cat([rows, rows]))
+    assert xl(**query(), difference=[difference, tmp_path / "d.safetensors"]).images.isfinite().all()
+    with pytest.raises(ValueError, match="do not add"):
+        difference + DifferenceTokens({"one": torch.zeros(1, 24), "two": torch.zeros(1, 40)})
+
+
+def test_the_card_of_an_sdxl_difference_shows_both_calls(xl, pair, tmp_path):
+    folder = learn(xl, pair, num_optimization_steps=1).save_pretrained(tmp_path / "d")
+    card = (folder / "README.md").read_text()
+    assert "clip_g" in card and "text_encoder_2" in card and "weight_name=" not in card
+
+
 def test_sdxl_is_told_the_size_of_the_picture(xl, pair):
     with forward_calls(xl.unet) as calls:
         xl(**query() | {"height": 32, "width": 64}, difference=learn(xl, pair, num_optimization_steps=1))
@@ -367,6 +384,14 @@ def test_from_pipe_shares_every_encoder_of_a_stock_pipeline(name, pair):
     assert joined(learn(pipe, pair).embeddings).isfinite().all()
 
 
+def test_from_pipe_leaves_a_model_of_two_types_as_it_is():
+    source = stock(build("sd15")).to(torch.float16)
+    source.unet.time_embedding.to(torch.float32)
+    dtypes = [tensor.dtype for tensor in source.unet.state_dict().values()]
+    DifferenceInversionPipeline.from_pipe(source)
+    assert [tensor.dtype for tensor in source.unet.state_dict().values()] == dtypes
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_learning_in_half_precision_is_finite_on_every_backbone(name, pair):
     pipe = build(name).to(torch.float16)
@@ -419,6 +444,21 @@ def test_learning_leaves_a_lora_trainable_as_it_was(pair):
     before = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
     learn(pipe, pair, num_optimization_steps=1)
     assert {name: p.requires_grad for name, p in pipe.unet.named_parameters()} == before
+
+
+def test_a_textual_inversion_of_one_of_sdxls_encoders_is_no_word_to_begin_at(xl, pair):
+    rows = torch.randn(1, 24, generator=seeded())
+    xl.load_textual_inversion(rows, token="<cat>", text_encoder=xl.text_encoder, tokenizer=xl.tokenizer)
+    assert joined(learn(xl, pair | {"after_prompt": "a red <cat>"}).embeddings).isfinite().all()
+
+
+def test_a_textual_inversion_does_not_make_the_base_model_another(pair):
+    pipe = build("sd15")
+    difference = learn(pipe, pair, num_optimization_steps=1)
+    pipe.load_textual_inversion({"<cat>": torch.randn(2, 24, generator=seeded())})
+    with logged() as lines:
+        pipe(**query(), difference=difference)
+    assert not [line for line in lines if "another base model" in line]
 
 
 def test_textual_inversions_are_understood_in_prompts_and_do_not_unsettle_clip(pair):

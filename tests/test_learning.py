@@ -296,6 +296,27 @@ def test_hard_tokens_begin_as_the_words_that_were_found_and_no_others(pipe, pair
     assert difference.metadata["num_tokens"] == "1"
 
 
+def test_hard_tokens_do_not_begin_as_the_opposite_of_a_word(pipe, pair):
+    """Where the prompt only loses words, they begin at the word that the pictures say."""
+    lost = pair | {"after_prompt": "a cabin"}
+    seen = learn(pipe, lost | {"before_prompt": "a cabin"}, init="clip", projection="hard", steps=1)
+    assert learn(pipe, lost, init="prompts", projection="hard", steps=1).metadata["num_tokens"] == "1"
+    assert seen.metadata["num_tokens"] == "1"
+
+
+def test_hard_tokens_begin_without_signs_and_numbers(pipe, pair):
+    difference = learn(pipe, pair | {"after_prompt": "a red cabin, 3! on snow!"}, init="prompts", projection="hard")
+    assert difference.to_text(pipe.tokenizer) == "on snow"
+
+
+def test_the_callback_of_hard_tokens_sees_words(pipe, pair):
+    diary = Diary()
+    learn(pipe, pair, init="random", projection="hard", num_tokens=2, callback_on_optimization_step=diary)
+    table = pipe.text_encoder.get_input_embeddings().weight
+    for rows in diary.values("tokens"):
+        assert all(torch.isclose(row, table, atol=1e-6).all(dim=1).any() for row in rows)
+
+
 def test_the_same_seed_learns_the_same_tokens_and_another_seed_others(pipe, pair):
     first, again, other = (rows_of(learn(pipe, pair, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)

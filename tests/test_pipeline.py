@@ -705,6 +705,9 @@ MASKS = {
     "a tensor": lambda: torch.from_numpy(half_mask() > 0),
     "a tensor with a channel": lambda: torch.from_numpy(half_mask() > 0)[None].float(),
     "a list": lambda: [Image.fromarray(half_mask())],
+    "a stack": lambda: half_mask()[None, None],
+    "bytes of 0 and 1": lambda: (half_mask() > 0).astype(np.uint8),
+    "white on nothing": lambda: Image.merge("LA", [Image.new("L", (SIDE, SIDE), 255), Image.fromarray(half_mask())]),
 }
 
 
@@ -713,8 +716,11 @@ def test_masks_may_be_of_any_kind(pipe, make):
     assert (pixels(pipe, mask_image=make()) == pixels(pipe, mask_image=Image.fromarray(half_mask()))).all()
 
 
-def test_each_query_may_have_its_own_mask(pipe):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_each_query_may_have_its_own_mask(pipe, stacked):
     masks = [Image.fromarray(half_mask()), Image.fromarray(half_mask(255, 0))]
+    if stacked:
+        masks = np.stack([np.asarray(mask) for mask in masks])
     query = np.asarray(picture("blue"), dtype=int)
     options = {"image": [picture("blue")] * 2, "num_images_per_prompt": 2, "output_type": "pil"}
     answers = [np.asarray(answer, dtype=int) for answer in apply(pipe, **options, mask_image=masks)]
@@ -903,6 +909,8 @@ BAD_APPLYING = {
     "a negative difference that is none": ({"negative_difference": 3}, TypeError, "`negative_difference`.*int"),
     "more rows than fit": ({"difference": random_tokens(num_tokens=39)}, ValueError, "`difference`.*39.*38"),
     "two scales for one difference": ({"difference_scale": [1.0, 2.0]}, ValueError, "`difference_scale`.*2"),
+    "an image of two channels": ({"image": torch.zeros(2, SIDE, SIDE)}, ValueError, r"`image`.*\(2, 32, 32\).*\(3, "),
+    "an array of four channels": ({"image": np.zeros((SIDE, SIDE, 4))}, ValueError, r"`image`.*\(32, 32, 4\).*, 3\)"),
     "a mask of no image": ({"image": None, "mask_image": "auto"}, ValueError, "`mask_image`.*`image`"),
     "a mask without inversion": ({"inversion": None, "mask_image": "auto"}, ValueError, "`mask_image`.*`inversion`"),
     "an unknown mask": ({"mask_image": "mask.png"}, ValueError, "`mask_image`.*mask.png.*auto"),

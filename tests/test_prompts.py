@@ -219,6 +219,30 @@ def test_what_cannot_write_prompts_is_refused_before_any_model_runs(pipe, option
         assert not calls
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_tokens": 0}, "`num_tokens`.*0.*1 to 38"),
+        ({"num_tokens": 39}, "`num_tokens`.*39.*1 to 38"),
+        ({"num_steps": 0}, "`num_steps` is 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` 0.0"),
+    ],
+)
+def test_hard_prompts_that_cannot_be_are_refused_by_name(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.hard_prompts(PICTURES, **options)
+    with pytest.raises(ValueError, match=message):
+        pipe.invert_difference(PICTURES[0], PICTURES[1], prompt_method="pez", prompt_kwargs=options)
+
+
+def test_asking_for_prompts_without_the_model_for_it_says_what_to_load(pair):
+    pipe = build_pipeline(clip=None)
+    with pytest.raises(ValueError, match="`clip` is missing"):
+        pipe.hard_prompts(PICTURES)
+    with pytest.raises(ValueError, match="no captioner.*`captioner_processor`"):
+        pipe.caption(PICTURES)
+
+
 def test_pez_without_clip_says_what_to_load():
     pipe = build_pipeline(clip=None)
     with pytest.raises(ValueError, match="`clip` is missing.*give `before_prompt`"):
