@@ -225,19 +225,25 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
     return errors[0] + lambda_before * errors[1:].sum()
 
 
-def nearest_rows(rows: torch.Tensor, table: torch.Tensor, count: int = 1) -> torch.return_types.topk:
-    """Cosines with the rows of `table` (words, dim) that point most nearly where `rows` (num_tokens, dim) do, and which
-    these are, both (num_tokens, count)."""
-    return (F.normalize(rows.float(), dim=-1) @ F.normalize(table.float(), dim=-1).T).topk(min(count, len(table)))
+class Vocabulary:
+    """Rows (words, dim) that tokens may be, and their directions, which are too many to be found again at each step."""
 
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows.float()
+        self.directions = F.normalize(self.rows, dim=-1)
 
-def projected(rows: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest rows of `table` to `rows` (..., dim), and which these are (...).
+    def nearest(self, rows: torch.Tensor, count: int = 1) -> torch.return_types.topk:
+        """Cosines of `rows` (num_tokens, dim) with the words that point most nearly where they do, and which these are,
+        both (num_tokens, count)."""
+        return (F.normalize(rows.float(), dim=-1) @ self.directions.T).topk(min(count, len(self.rows)))
 
-    Gradients pass through as if they were the given ones: the projection of "Hard Prompts Made Easy" (Wen et al., 2023).
-    """
-    nearest = nearest_rows(rows.detach().flatten(0, -2), table).indices.view(rows.shape[:-1])
-    return rows + (table[nearest] - rows).detach(), nearest
+    def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The words nearest to `rows` (..., dim), and which these are (...).
+
+        Gradients pass as if they were the given rows: the projection of "Hard Prompts Made Easy" (Wen et al., 2023).
+        """
+        nearest = self.nearest(rows.detach().flatten(0, -2)).indices.view(rows.shape[:-1])
+        return rows + (self.rows[nearest] - rows).detach(), nearest
 
 
 # ------------------------------------------------------------------------------------------------------ prompts
@@ -248,7 +254,8 @@ def changed_phrases(before: str, after: str) -> tuple[list[str], list[str]]:
 
     Runs of nothing but signs and words like "with" and "the" are left out: they say nothing of the pictures.
     """
-    first, second = (re.findall(r"\w+|[^\w\s]", prompt.lower()) for prompt in (before, after))
+    # Names in angle brackets are textual inversions'.
+    first, second = (re.findall(r"<[^<>\s]+>|\w+|[^\w\s]", prompt.lower()) for prompt in (before, after))
     lost, gained = [], []
     for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, first, second, False).get_opcodes():
         if kind != "equal":
@@ -259,7 +266,7 @@ def changed_phrases(before: str, after: str) -> tuple[list[str], list[str]]:
 
 
 def _says_something(word: str) -> bool:
-    return word not in FUNCTION_WORDS and word.isalnum()
+    return word not in FUNCTION_WORDS and any(map(str.isalnum, word))
 
 
 def common_phrases(phrases: Sequence[list[str]]) -> list[str]:
@@ -375,7 +382,7 @@ class DifferenceTokens:
         if not fitting:
             raise ValueError(f"`text_encoder` has embeddings of size {table.shape[1]}, and this is {self!r}.")
         words = sorted(set(range(len(table))) - set(tokenizer.all_special_ids))
-        nearest = nearest_rows(fitting[0].to(table), table[words], count)
+        nearest = Vocabulary(table[words]).nearest(fitting[0].to(table), count)
         names = [[_written(tokenizer, [words[i]]) for i in row] for row in nearest.indices]
         return [
             list(zip(row, cosines, strict=True)) for row, cosines in zip(names, nearest.values.tolist(), strict=True)
@@ -513,7 +520,7 @@ class DifferenceTokens:
         """
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr:
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, before, after, repo_id)
@@ -739,19 +746,8 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
         TypeError: if it is nothing that the image processor takes.
         ValueError: if an array or a tensor has neither one channel nor three.
     """
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        image = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
-        image = image.float() / 255
     if isinstance(image, (np.ndarray, torch.Tensor)):
-        channels = -1 if isinstance(image, np.ndarray) else 0
-        if image.ndim != 3 or image.shape[channels] not in (1, 3):
-            order = "(height, width, 3)" if channels else "(3, height, width)"
-            raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
-        image = (
-            image if image.shape[channels] == 3 else (np.repeat(image, 3, -1) if channels else image.expand(3, -1, -1))
-        )
-        return image[None]  # [1, height, width, 3] or [1, 3, height, width]
+        return _flatten_array(image, name)
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"`{name}` must be a PIL image, an array or a tensor, or a list of them, and is a "
@@ -768,23 +764,46 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
     return image.convert("RGB")
 
 
-def as_masks(masks: Any) -> list:
-    """One mask or several, as a list; a stack (masks, height, width) is taken apart."""
-    stacked = isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3
-    if stacked and masks.shape[0] not in (1, 3) and masks.shape[-1] not in (1, 3):
+def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
+    """Whole numbers are taken for 0 to 255 and others for 0 to 1; arrays have their channels last, tensors first."""
+    channels = -1 if isinstance(image, np.ndarray) else 0
+    if image.ndim == 2:
+        image = image[..., None] if channels else image[None]
+    transparent = bool(channels) and image.dtype == np.uint8 and image.shape[-1] in (2, 4)
+    if image.ndim != 3 or not (transparent or image.shape[channels] in (1, 3)):
+        order = "(height, width, 3)" if channels else "(3, height, width)"
+        raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
+    if channels and image.dtype == np.uint8:
+        return flatten_image(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), name)
+    if channels:
+        scale = 1 if image.dtype == np.bool_ or np.issubdtype(image.dtype, np.floating) else 255
+        image = np.repeat(image, 3 // image.shape[-1], axis=-1).astype(np.float32) / scale
+    else:
+        scale = 1 if image.dtype == torch.bool or image.is_floating_point() else 255
+        image = (image.float() if not image.is_floating_point() else image).expand(3, -1, -1) / scale
+    return image[None]  # [1, height, width, 3] or [1, 3, height, width]
+
+
+def as_masks(masks: Any, count: int) -> list:
+    """One mask or several, as a list; a stack (masks, height, width) for as many images is taken apart."""
+    stacked = isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3 and masks.shape[-1] not in (1, 3, 4)
+    if stacked and (masks.shape[0] == count or masks.shape[0] not in (1, 3, 4)):
         return list(masks)
     return as_list(masks)
 
 
 def flatten_mask(mask: Any) -> Any:
     """The same for masks, transparency on black; they may also be matrices (height, width) of truths or of numbers."""
+    if isinstance(mask, Image.Image) and mask.mode in ("F", "I"):
+        mask = np.asarray(mask)
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
         return flatten_image(mask, "mask_image", background="black")
-    mask = torch.as_tensor(mask)
-    bytes_to_255 = mask.dtype == torch.uint8 and bool((mask > 1).any())
-    mask = mask.float() / (255 if bytes_to_255 else 1)
+    mask = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
+    whole = not mask.is_floating_point() and bool((mask > 1).any())  # 0 to 255
+    mask = mask.float() / (255 if whole else 1)
     if mask.ndim == 3:
-        mask = mask.mean(-1 if mask.shape[-1] in (1, 3) else 0)
+        mask = mask.movedim(-1, 0) if mask.shape[-1] in (1, 3, 4) else mask
+        mask = mask[:3].mean(0) * (mask[3] if len(mask) == 4 else 1)
     return mask[None, None]
 
 
@@ -885,12 +904,12 @@ class _Settings:
 @dataclass
 class _Goal:
     """What the tokens are learned for (equation 10): pairs, the delta (dim,) of each CLIP if they count, and the weights;
-    and, if they are to be words, the rows (words, dim) that they may be."""
+    and, if they are to be words, those that they may be."""
 
     examples: list[_Example]
     deltas: list[torch.Tensor]
     settings: _Settings
-    vocabulary: Optional[torch.Tensor] = None
+    vocabulary: Optional[Vocabulary] = None
 
 
 # ------------------------------------------------------------------------------------------------- the pipeline
@@ -1033,7 +1052,11 @@ class DifferenceInversionPipeline(
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options) -> "DifferenceInversionPipeline":
-        """Diffusers' own, without its trap: unless a `dtype` is given, all weights, which are shared, keep theirs."""
+        """Diffusers' own, without its trap: unless a `dtype` is given, all weights, which are shared, keep theirs.
+
+        `DiffusionPipeline.from_pipe(..., custom_pipeline=...)` does not come here, and wants all optional components, None
+        where there is none.
+        """
         options = {name: None for name in cls._optional_components if getattr(pipeline, name, None) is None} | options
         shared = [p for p in (*pipeline.components.values(), *options.values()) if isinstance(p, torch.nn.Module)]
         owners = [module for part in shared for module in part.modules()]
@@ -1242,6 +1265,8 @@ class DifferenceInversionPipeline(
         for item in images:
             self._common_size([item], "image", height, width)
         size = self._common_size(images, "image", height, width)
+        if not images and not as_list(prompt):
+            raise ValueError("`prompt` is an empty list; give at least one.")
         count = len(images) or len(as_list(prompt))
         self._check_prompt_method(prompt_method, prompt_kwargs)
         self._check_prompts("prompt", prompt, count, prompt_method)
@@ -1294,7 +1319,7 @@ class DifferenceInversionPipeline(
             if mask_image != "auto":
                 raise ValueError(f"`mask_image` is {mask_image!r}; it is an image or 'auto'.")
             return
-        masks = as_masks(mask_image)
+        masks = as_masks(mask_image, len(images))
         for mask in masks:
             flatten_mask(mask)
         if len(masks) not in (1, len(images)):
@@ -1337,7 +1362,10 @@ class DifferenceInversionPipeline(
     def _check_difference(self, difference: Any, name: str) -> DifferenceTokens:
         if isinstance(difference, (str, os.PathLike)):
             folder = Path(difference).is_dir()
-            difference = (DifferenceTokens.from_pretrained if folder else DifferenceTokens.load)(difference)
+            try:
+                difference = (DifferenceTokens.from_pretrained if folder else DifferenceTokens.load)(difference)
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(str(error).replace("`difference`", f"`{name}`", 1)) from error
         # Not isinstance: a module loaded twice, as custom pipelines are, has two classes of this name.
         if not (hasattr(difference, "embeddings") and hasattr(difference, "metadata")):
             raise TypeError(
@@ -1363,8 +1391,7 @@ class DifferenceInversionPipeline(
                     f"{encoder.width}: it was learned on another base model."
                 )
         learned_on = difference.metadata.get("embedding_fingerprint")
-        comparable = self.text_encoder.dtype != torch.bfloat16  # whose rounding changes the fingerprint
-        if learned_on and comparable and learned_on != self._fingerprint():
+        if learned_on and self._fingerprint() not in ("", learned_on):
             logger.warning(
                 "`%s` was learned on another base model (%s) of the same size; it may still work, as fine-tuned models "
                 "share their embedding space.",
@@ -1374,6 +1401,9 @@ class DifferenceInversionPipeline(
         return DifferenceTokens(embeddings, dict(difference.metadata))
 
     def _fingerprint(self) -> str:
+        """Which base model's embeddings these are; nothing in bfloat16, whose rounding makes it another."""
+        if any(encoder.model.dtype == torch.bfloat16 for encoder in self._encoders):
+            return ""
         return " ".join(embedding_fingerprint(e.model, e.tokenizer.vocab_size) for e in self._encoders)
 
     # -------------------------------------------------------------------------------------------------- prompts
@@ -1485,20 +1515,21 @@ class DifferenceInversionPipeline(
         self._check_clip("have the captioner describe `images`")
         self._check_hard_prompts(num_tokens, num_steps, learning_rate)
         encoder = self._encoders_with_clip()[0]
+        generator = generator[0] if isinstance(generator, list) else generator
         with frozen(encoder.clip):
             target = self._clip_image_features(encoder.clip, as_list(images))
             words = self._vocabulary_words()
-            table = encoder.table[words].float()
+            vocabulary = Vocabulary(encoder.table[words])
             shape = (len(target), num_tokens)
             device = generator.device if generator else "cpu"
-            start = torch.randint(len(words), shape, generator=generator, device=device).to(table.device)
-            rows = table[start].requires_grad_(True)  # [images, num_tokens, dim]
+            start = torch.randint(len(words), shape, generator=generator, device=device).to(words.device)
+            rows = vocabulary.rows[start].requires_grad_(True)  # [images, num_tokens, dim]
             optimizer = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.1)
-            best = torch.full((len(target),), -2.0, device=table.device)
+            best = torch.full((len(target),), -2.0, device=words.device)
             found = start
             for _ in self.progress_bar(range(num_steps)):
                 with torch.enable_grad():
-                    hard, nearest = projected(rows, table)
+                    hard, nearest = vocabulary.project(rows)
                     cosines = (self._clip_row_features(encoder, hard) * target).sum(-1)
                     (1 - cosines).sum().backward()
                 better = cosines.detach() > best
@@ -1515,7 +1546,7 @@ class DifferenceInversionPipeline(
         return self.image_processor.postprocess(self.image_processor.preprocess(image), output_type="pil")[0]
 
     def encode_prompt(
-        self, prompts: list[str], rows: Optional[torch.Tensor] = None
+        self, prompts: Union[str, list[str]], rows: Optional[torch.Tensor] = None
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Encodes [P; D]: each prompt, then its rows, then the end token.
 
@@ -1530,7 +1561,7 @@ class DifferenceInversionPipeline(
             The text encoder's hidden states, (batch, length, dim), in the UNet's dtype; of SDXL those of both encoders
             side by side, and with them the second's pooled embeddings, (batch, dim).
         """
-        condition = self._condition(prompts, rows)
+        condition = self._condition(as_list(prompts), rows)
         if condition.pooled_prompt_embeds is None:
             return condition.prompt_embeds
         return condition.prompt_embeds, condition.pooled_prompt_embeds
@@ -1823,7 +1854,7 @@ class DifferenceInversionPipeline(
                 settings = replace(settings, learning_rate=learning_rate)
             if hard and len(words):  # random words beside them would say what nobody meant
                 settings = replace(settings, num_tokens=len(words))
-            vocabulary = self._embedded(allowed) if hard else None
+            vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
             tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
             goal = _Goal(examples, deltas, settings, vocabulary)
             tokens, loss = self._optimize(tokens, goal, generator, callback)
@@ -1840,7 +1871,7 @@ class DifferenceInversionPipeline(
         }
         del story["num_optimization_steps"]
         if hard:
-            tokens, nearest = projected(tokens, vocabulary)
+            tokens, nearest = vocabulary.project(tokens)
             story["token_ids"] = " ".join(map(str, allowed[nearest].tolist()))
         embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
         return DifferenceTokens(embeddings, self._metadata(story))
@@ -1876,9 +1907,12 @@ class DifferenceInversionPipeline(
         forwards less well: a negated noun is often heard as a noun. Words that are not `allowed` are left out, or that
         an encoder does not have.
         """
-        ids = self.tokenizer(" ".join(gained or lost), add_special_tokens=False).input_ids
-        known = set(range(min(len(e.table) for e in self._encoders)) if allowed is None else allowed.tolist())
-        rows = self._embedded([index for index in ids if index in known]) * (1 if gained else -1)
+        phrases = self.maybe_convert_prompt(" ".join(gained or lost), self.tokenizer).split()
+        words = self.tokenizer(phrases, add_special_tokens=False).input_ids if phrases else []
+        if allowed is not None:  # a word of several tokens is none of the vocabulary's
+            words = [ids for ids in words if len(ids) == 1 and ids[0] in allowed.tolist()]
+        known = min(len(encoder.table) for encoder in self._encoders)
+        rows = self._embedded([index for ids in words for index in ids if index < known]) * (1 if gained else -1)
         return rows[max(0, len(rows) - num_tokens) :]
 
     def _changed_phrases(self, examples: list[_Example]) -> tuple[list[str], list[str]]:
@@ -1978,7 +2012,7 @@ class DifferenceInversionPipeline(
                 values = {name: float(value) for name, value in losses.items()}
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
                 if callback is not None:
-                    used = tokens if goal.vocabulary is None else projected(tokens, goal.vocabulary)[0]
+                    used = tokens if goal.vocabulary is None else goal.vocabulary.project(tokens)[0]
                     callback(self, step, {**values, "tokens": used.detach().clone()})
                 if (step + 1) % judge_every == 0 or step + 1 == num_steps or self.interrupt:
                     judge(tokens)
@@ -2010,7 +2044,7 @@ class DifferenceInversionPipeline(
         """Equation 10 and its two parts; a part of weight zero is not computed."""
         losses = {"loss": 0.0}
         if goal.vocabulary is not None:
-            tokens, _ = projected(tokens, goal.vocabulary)
+            tokens, _ = goal.vocabulary.project(tokens)
         weights = goal.settings
         if weights.lambda_clip > 0:
             pairs = zip(self._token_features(tokens, example), goal.deltas, strict=True)
@@ -2163,7 +2197,12 @@ class DifferenceInversionPipeline(
                     negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
                     known = {"latents": latents, **vars(condition), **negative}
                     wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    guidance_scale = self._guidance_scale
                     known |= callback_on_step_end(self, i, t, wanted) or {}
+                    if self._guidance_scale == 0 != guidance_scale:
+                        self._guidance_scale = (
+                            1.0  # diffusers' callbacks mean the prompt alone by 0, and not the baseline
+                        )
                     latents = known["latents"]
                     condition = _Condition(*(known[name] for name in vars(condition)))
                     baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
@@ -2242,7 +2281,9 @@ class DifferenceInversionPipeline(
         if isinstance(mask_image, str):
             places = self._changing_places(start, condition, source) > AUTO_MASK_THRESHOLD
             return F.interpolate(places.float(), scale_factor=self.vae_scale_factor)
-        masks = [self.mask_processor.preprocess(flatten_mask(mask), *size) for mask in as_masks(mask_image)]
+        masks = [
+            self.mask_processor.preprocess(flatten_mask(mask), *size) for mask in as_masks(mask_image, len(images))
+        ]
         mask = torch.cat(masks * len(images) if len(masks) == 1 else masks)[:, :1]
         return mask.to(self._execution_device).repeat_interleave(num_images_per_prompt, dim=0)
 
@@ -2414,7 +2455,7 @@ class DifferenceInversionPipeline(
         )
         learns = before is not None or after is not None
         by_words_alone = image is not None and prompt is not None and source_prompt is not None
-        if difference is None and not learns and not by_words_alone:
+        if difference is None and negative_difference is None and not learns and not by_words_alone:
             raise ValueError(
                 "`difference` is missing: give difference tokens or a difference file, or a pair of images "
                 "`before` and `after` to learn it from."

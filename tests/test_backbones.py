@@ -461,6 +461,23 @@ def test_a_textual_inversion_does_not_make_the_base_model_another(pair):
     assert not [line for line in lines if "another base model" in line]
 
 
+def test_tokens_begin_as_a_textual_inversion_that_the_prompt_of_the_image_after_has(pair):
+    pipe = build("sd15")
+    rows = torch.randn(2, 24, generator=seeded())
+    pipe.load_textual_inversion({"<cat>": rows})
+    options = {"num_optimization_steps": 1, "learning_rate": 1e-9, "num_tokens": 3}
+    begun = learn(pipe, pair | {"before_prompt": "a red cabin", "after_prompt": "a red <cat>"}, **options)
+    torch.testing.assert_close(joined(begun.embeddings)[1:], rows, atol=1e-5, rtol=1e-5)
+
+
+def test_a_difference_learned_in_bfloat16_is_of_the_same_base_model(pair):
+    pipe = build("sd15").to(torch.bfloat16)
+    difference = learn(pipe, pair, num_optimization_steps=1)
+    with logged() as lines:
+        pipe.to(torch.float32)(**query(), difference=difference)
+    assert not [line for line in lines if "another base model" in line]
+
+
 def test_textual_inversions_are_understood_in_prompts_and_do_not_unsettle_clip(pair):
     pipe, theirs = build("sd15"), stock(build("sd15"))
     cat = {"<cat>": torch.randn(2, 24, generator=seeded())}

@@ -304,6 +304,12 @@ def test_hard_tokens_do_not_begin_as_the_opposite_of_a_word(pipe, pair):
     assert seen.metadata["num_tokens"] == "1"
 
 
+def test_hard_tokens_do_not_begin_with_the_end_of_a_word(pipe, pair):
+    cabins = pair | {"before_prompt": "a cabin", "after_prompt": "two castles on snow"}
+    assert len(pipe.tokenizer("castles", add_special_tokens=False).input_ids) > 1
+    assert learn(pipe, cabins, init="prompts", projection="hard", steps=1).to_text(pipe.tokenizer) == "on snow"
+
+
 def test_hard_tokens_begin_without_signs_and_numbers(pipe, pair):
     difference = learn(pipe, pair | {"after_prompt": "a red cabin, 3! on snow!"}, init="prompts", projection="hard")
     assert difference.to_text(pipe.tokenizer) == "on snow"

@@ -32,6 +32,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -529,6 +530,18 @@ def test_the_callback_can_replace_prompt_embeddings(pipe):
     assert (after_one_step - unchanged).abs().mean() < (undisturbed - unchanged).abs().mean()
 
 
+def test_diffusers_own_callback_ends_guidance_and_not_the_difference(pipe):
+    """Guided until it ends, and after that drawn by the prompt with the difference alone."""
+
+    def end_guidance(pipe, step, t, tensors):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+        return {}
+
+    theirs = apply(pipe, guidance_scale=2.0, callback_on_step_end=SDCFGCutoffCallback(None, 2))
+    torch.testing.assert_close(theirs, apply(pipe, guidance_scale=2.0, callback_on_step_end=end_guidance))
+
+
 def test_the_callback_can_stop_the_drawing(pipe):
     seen = []
 
@@ -648,6 +661,13 @@ def test_a_negative_difference_is_what_guidance_leads_away_from(pipe):
     assert (towards - draw(pipe, difference=zero, guidance_scale=3.0)).abs().max() > 1e-2
 
 
+def test_a_negative_difference_needs_no_other(pipe):
+    options = {"negative_difference": random_tokens(), "guidance_scale": 3.0}
+    alone, beside = draw(pipe, difference=None, **options), draw(pipe, difference=random_tokens(scale=0.0), **options)
+    assert alone.isfinite().all() and beside.isfinite().all()
+    assert (alone - draw(pipe, difference=random_tokens(scale=0.0), guidance_scale=3.0)).abs().max() > 1e-2
+
+
 def test_a_negative_difference_without_guidance_is_said_to_do_nothing(pipe):
     with logged() as lines:
         apply(pipe, negative_difference=random_tokens(), guidance_scale=1.0)
@@ -707,6 +727,10 @@ MASKS = {
     "a list": lambda: [Image.fromarray(half_mask())],
     "a stack": lambda: half_mask()[None, None],
     "bytes of 0 and 1": lambda: (half_mask() > 0).astype(np.uint8),
+    "whole numbers of 0 to 255": lambda: half_mask().astype(np.int64),
+    "one with transparency": lambda: np.stack([np.full((SIDE, SIDE), 255, np.uint8)] * 3 + [half_mask()], axis=-1),
+    "a view": lambda: half_mask(255, 0)[:, ::-1],
+    "F": lambda: Image.fromarray((half_mask() > 0).astype(np.float32)),
     "white on nothing": lambda: Image.merge("LA", [Image.new("L", (SIDE, SIDE), 255), Image.fromarray(half_mask())]),
 }
 
@@ -727,6 +751,17 @@ def test_each_query_may_have_its_own_mask(pipe, stacked):
     kept = [(answer == query).all(axis=(0, 2)) for answer in answers]
     assert all(columns[: SIDE // 2].all() and not columns[SIDE // 2 :].all() for columns in kept[:2])
     assert all(columns[SIDE // 2 :].all() and not columns[: SIDE // 2].all() for columns in kept[2:])
+
+
+def test_a_stack_of_three_masks_is_one_for_each_of_three_queries(pipe):
+    masks = torch.zeros(3, SIDE, SIDE)
+    for index in range(3):
+        masks[index, :, 8 * index : 8 * index + 8] = 1
+    answers = apply(pipe, image=[picture("blue")] * 3, mask_image=masks, output_type="pil")
+    listed = apply(pipe, image=[picture("blue")] * 3, mask_image=list(masks), output_type="pil")
+    for answer, other in zip(answers, listed, strict=True):
+        assert (np.asarray(answer) == np.asarray(other)).all()
+        assert (np.asarray(answer) != np.asarray(picture("blue"))).any()
 
 
 def test_an_automatic_mask_keeps_all_of_a_query_that_nothing_changes(pipe):
@@ -818,6 +853,8 @@ ARRAYS = {
     "bytes": lambda image: np.asarray(image),
     "batch of bytes": lambda image: np.asarray(image)[None],
     "tensor of bytes": lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    "whole numbers": lambda image: np.asarray(image).astype(np.int64),
+    "tensor of whole numbers": lambda image: torch.from_numpy(np.asarray(image).astype(np.int64)).permute(2, 0, 1),
     "floats": lambda image: np.asarray(image, dtype=np.float32) / 255,
     "batch of floats": lambda image: np.asarray(image, dtype=np.float32)[None] / 255,
     "tensor": lambda image: torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1),
@@ -906,9 +943,20 @@ BAD_APPLYING = {
         ValueError,
         "`negative_difference`.*size 8",
     ),
+    "a negative difference that is nowhere": (
+        {"negative_difference": "nowhere.safetensors"},
+        FileNotFoundError,
+        "`negative_difference`.*nowhere",
+    ),
+    "no prompt of no image": ({"image": None, "prompt": []}, ValueError, "`prompt`.*empty"),
     "a negative difference that is none": ({"negative_difference": 3}, TypeError, "`negative_difference`.*int"),
     "more rows than fit": ({"difference": random_tokens(num_tokens=39)}, ValueError, "`difference`.*39.*38"),
     "two scales for one difference": ({"difference_scale": [1.0, 2.0]}, ValueError, "`difference_scale`.*2"),
+    "an array that is channels first": (
+        {"image": np.zeros((3, SIDE, SIDE), np.uint8)},
+        ValueError,
+        r"`image`.*\(3, 32, 32\).*, 3\)",
+    ),
     "an image of two channels": ({"image": torch.zeros(2, SIDE, SIDE)}, ValueError, r"`image`.*\(2, 32, 32\).*\(3, "),
     "an array of four channels": ({"image": np.zeros((SIDE, SIDE, 4))}, ValueError, r"`image`.*\(32, 32, 4\).*, 3\)"),
     "a mask of no image": ({"image": None, "mask_image": "auto"}, ValueError, "`mask_image`.*`image`"),
