@@ -153,7 +153,7 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers import DiffusionPipeline
         >>> from diffusers.utils import load_image
 
-        >>> # The small model that comes with the project; any Stable Diffusion 1.x or 2.x checkpoint does as well.
+        >>> # The small model that comes with the project; any Stable Diffusion 1.x, 2.x or XL checkpoint does as well.
         >>> pipe = DiffusionPipeline.from_pretrained(
         ...     "examples/storybook/model",
         ...     custom_pipeline="pipeline_difference_inversion.py",
@@ -826,10 +826,12 @@ class _Encoder:
 
     @property
     def table(self) -> torch.Tensor:
+        """Its token embeddings, (words, width)."""
         return self.model.get_input_embeddings().weight
 
     @property
     def width(self) -> int:
+        """Of its token embeddings, and so of its part of a difference."""
         return self.model.config.hidden_size
 
 
@@ -841,6 +843,7 @@ class _Condition:
     pooled_prompt_embeds: Optional[torch.Tensor] = None
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "_Condition":
+        """The same change made to all that there is."""
         return _Condition(*(None if embeds is None else change(embeds) for embeds in vars(self).values()))
 
     def repeat(self, count: int) -> "_Condition":
@@ -848,6 +851,7 @@ class _Condition:
         return self.each(lambda embeds: embeds.repeat_interleave(count, dim=0))
 
     def followed_by(self, other: "_Condition") -> "_Condition":
+        """Both batches as one."""
         others = iter(vars(other).values())
         return self.each(lambda embeds: torch.cat([embeds, next(others)]))
 
@@ -1196,12 +1200,12 @@ class DifferenceInversionPipeline(
         write = self.hard_prompts if method == "pez" else self.caption
         known = [name for name in inspect.signature(write).parameters if name not in ("images", "generator")]
         unknown = [name for name in options or {} if name not in known]
-        if method == "pez":
-            self._check_hard_prompts(**options or {})
         if unknown:
             raise ValueError(f"`prompt_kwargs` has {unknown}; for `prompt_method={method!r}` known are {known}.")
+        if method == "pez":
+            self._check_hard_prompts(**options or {})
 
-    def _check_hard_prompts(self, num_tokens: int = 1, num_steps: int = 1, learning_rate: float = 1.0, **_) -> None:
+    def _check_hard_prompts(self, num_tokens: int = 1, num_steps: int = 1, learning_rate: float = 1.0) -> None:
         if not 1 <= num_tokens <= self._room():
             raise ValueError(f"`num_tokens` of a hard prompt is {num_tokens}; there is room for 1 to {self._room()}.")
         if num_steps < 1 or learning_rate <= 0:
@@ -1209,21 +1213,17 @@ class DifferenceInversionPipeline(
                 f"`num_steps` is {num_steps} and `learning_rate` {learning_rate}; both must be above 0 for a hard prompt."
             )
 
-    def _check_captioner(self, name: str) -> None:
+    def _check_captioner(self, complaint: str = "There is no captioner to describe `images`: load") -> None:
         if self.captioner is None or self.captioner_processor is None:
-            raise ValueError(
-                f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load "
-                "the pipeline with `captioner` and `captioner_processor`."
-                if name != "images"
-                else "There is no captioner to describe `images`: load the pipeline with `captioner` and "
-                "`captioner_processor`."
-            )
+            raise ValueError(f"{complaint} the pipeline with `captioner` and `captioner_processor`.")
 
     def _check_prompts(self, name: str, prompts: Any, count: int, method: str = "caption") -> None:
         if prompts is None and method == "pez":
             self._check_clip(f"give `{name}`")
         elif prompts is None:
-            self._check_captioner(name)
+            self._check_captioner(
+                f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load"
+            )
         elif not all(isinstance(prompt, str) for prompt in as_list(prompts)):
             raise TypeError(f"`{name}` must be a string or a list of strings, and is {prompts!r}.")
         elif len(as_list(prompts)) not in (1, count):
@@ -1415,7 +1415,7 @@ class DifferenceInversionPipeline(
         generator = generator[0] if isinstance(generator, list) else generator
         silent = [images for images, prompts in groups if images and prompts is None]
         write = partial(self.hard_prompts, generator=generator) if method == "pez" else self.caption
-        pictures = [self._to_pil(image, "image") for images in silent for image in images]
+        pictures = list(itertools.chain(*silent))
         written = iter(write(pictures, **options or {}) if pictures else [])
         return [
             list(itertools.islice(written, len(images)))
@@ -1468,7 +1468,7 @@ class DifferenceInversionPipeline(
                 as the beginning of their answer.
             max_new_tokens: the most tokens of an answer.
         """
-        self._check_captioner("images")
+        self._check_captioner()
         pictures = [self._to_pil(image, "images") for image in as_list(images)]
         processor = self.captioner_processor
         with frozen(self.captioner):
@@ -1584,12 +1584,17 @@ class DifferenceInversionPipeline(
         return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(self.unet.dtype))
 
     def _place_rows(
-        self, tokenizer: CLIPTokenizer, prompts: list[str], num_rows: int, device: Any, vocabulary: Any = None
+        self,
+        tokenizer: CLIPTokenizer,
+        prompts: list[str],
+        num_rows: int,
+        device: Any,
+        vocab_size: Optional[int] = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length).
 
-        Tokens beyond the rows of `vocabulary`, if that is given, are left out: a textual inversion adds them to the text
-        encoder, and CLIP does not know them.
+        Tokens beyond `vocab_size`, if that is given, are left out: a textual inversion adds them to the text encoder, and
+        CLIP does not know them.
         """
         length = tokenizer.model_max_length
         room = length - 2 - num_rows
@@ -1598,8 +1603,8 @@ class DifferenceInversionPipeline(
         for line, prompt in enumerate(prompts):
             prompt = self.maybe_convert_prompt(prompt, tokenizer)  # a textual inversion of several vectors
             words = tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=length).input_ids
-            if vocabulary is not None:
-                words = [word for word in words if word < len(vocabulary)]
+            if vocab_size is not None:
+                words = [word for word in words if word < vocab_size]
             if len(words) > room:
                 logger.info("The prompt %r has %d tokens and is shortened to %d.", prompt, len(words), room)
             # The start token stands in for the rows: CLIP looks for the end token to pool at, and must find the end.
@@ -1703,7 +1708,7 @@ class DifferenceInversionPipeline(
             rows = torch.zeros(len(prompts), 0, encoder.width, device=self._execution_device)
         embedding = encoder.clip.text_model.embeddings.token_embedding
         input_ids, slots = self._place_rows(
-            encoder.tokenizer, prompts, rows.shape[1], rows.device, vocabulary=embedding.weight
+            encoder.tokenizer, prompts, rows.shape[1], rows.device, vocab_size=len(embedding.weight)
         )
         with inserted_rows(embedding, slots, rows):
             return F.normalize(_features(encoder.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
@@ -2217,8 +2222,35 @@ class DifferenceInversionPipeline(
         unchanged, changed = both.chunk(2)
         return unchanged + self.guidance_scale * (changed - unchanged)
 
-    def _draws_away_from_zeros(self) -> bool:
-        return self.text_encoder_2 is not None and self.config.force_zeros_for_empty_prompt
+    def _conditions(
+        self,
+        prompts: list[str],
+        source_prompt,
+        negative_prompt,
+        difference: Optional[DifferenceTokens],
+        negative_difference: Optional[DifferenceTokens],
+        has_query: bool,
+        replace_phrases: bool,
+    ) -> tuple[_Condition, _Condition, _Condition]:
+        """The prompts with the difference, the queries' own, and what guidance leads away from, one a prompt each."""
+        source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
+        nothing_negative = negative_prompt is None and negative_difference is None
+        if negative_prompt is None:
+            negative_prompt = source_prompts if has_query else ""
+        negative_prompts = self._repeated(negative_prompt, len(prompts))
+        if replace_phrases:
+            prompts = self._replaced(prompts, difference)
+        rows = self._rows(difference).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
+        # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
+        zeros = torch.zeros_like(rows)
+        negative_rows = zeros
+        if negative_difference is not None:
+            negative_rows = self._rows(negative_difference).expand(len(prompts), -1, -1)
+        baseline = self._condition(negative_prompts, negative_rows)
+        is_xl = self.text_encoder_2 is not None
+        if is_xl and self.config.force_zeros_for_empty_prompt and nothing_negative and not has_query:
+            baseline = baseline.each(torch.zeros_like)
+        return self._condition(prompts, rows), self._condition(source_prompts, zeros), baseline
 
     def _start(
         self,
@@ -2299,6 +2331,14 @@ class DifferenceInversionPipeline(
             total = total + (changed - unchanged).abs().mean(1, keepdim=True)
         smooth = F.avg_pool2d(F.pad(total, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         return smooth / smooth.amax(dim=(2, 3), keepdim=True).clamp(min=1e-8)
+
+    def _pictures(self, latents, mask: Optional[torch.Tensor], own: Optional[torch.Tensor], output_type: str) -> Any:
+        """The answers as pictures, which where the mask is black are the queries' own pixels."""
+        pixels = self._decode_latents(latents)
+        if mask is not None:
+            own = own.repeat_interleave(len(pixels) // len(own), dim=0).to(pixels)
+            pixels = torch.where(mask > 0, pixels, own)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
 
     # ------------------------------------------------------------------------------------------------- the call
 
@@ -2496,24 +2536,9 @@ class DifferenceInversionPipeline(
         self._interrupt = False
 
         # 4. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
-        source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
-        nothing_negative = negative_prompt is None and negative_difference is None
-        zero_baseline = nothing_negative and not images and self._draws_away_from_zeros()
-        if negative_prompt is None:
-            negative_prompt = source_prompts if images else ""
-        negative_prompts = self._repeated(negative_prompt, len(prompts))
-        if replace_phrases:
-            prompts = self._replaced(prompts, applied)
-        rows = self._rows(applied).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
-        condition = self._condition(prompts, rows)
-        # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
-        source = self._condition(source_prompts, torch.zeros_like(rows))
-        negative_rows = torch.zeros_like(rows)
-        if negative_difference is not None:
-            negative_rows = self._rows(negative_difference).expand(len(prompts), -1, -1)
-        baseline = self._condition(negative_prompts, negative_rows)
-        if zero_baseline:
-            baseline = baseline.each(torch.zeros_like)
+        condition, source, baseline = self._conditions(
+            prompts, source_prompt, negative_prompt, applied, negative_difference, bool(images), replace_phrases
+        )
 
         # 5. Where denoising begins
         size = self._common_size(images, "image", height, width)
@@ -2550,11 +2575,8 @@ class DifferenceInversionPipeline(
         # 7. Pixels
         answers = latents
         if output_type != "latent":
-            pixels = self._decode_latents(latents)
-            if mask is not None:
-                own = self._pixels(images, "image", size).repeat_interleave(num_images_per_prompt, dim=0)
-                pixels = torch.where(mask > 0, pixels, own.to(pixels))
-            answers = self.image_processor.postprocess(pixels, output_type=output_type)
+            own = None if mask is None else self._pixels(images, "image", size)
+            answers = self._pictures(latents, mask, own, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return answers, difference

@@ -106,7 +106,10 @@ class Answer:
 
 def load_pipeline(folder: Path, device: torch.device, xl: Path | None = None) -> DifferenceInversionPipeline:
     parts = {name: kind.from_pretrained(xl / name) for name, (_, kind) in XL_COMPONENTS.items()} if xl else {}
-    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=torch.float32, **parts).to(torch.float32)
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()  # they are kept in half precision
+    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

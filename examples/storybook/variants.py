@@ -1,7 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Other ways to learn and to apply than the pipeline's own, for `benchmark.py --config variant=NAME`.
 
-Each is the pipeline but for one method. What they were worth is in RESULTS.md.
+Each is the pipeline but for a method or a few. What they were worth is in RESULTS.md.
 """
 
 import dataclasses
@@ -208,7 +208,7 @@ class TellingTimeSteps(DifferenceInversionPipeline):
         return dataclasses.replace(draw, timesteps=timesteps)
 
 
-class NormalNoise(DifferenceInversionPipeline):
+class NearRandom(DifferenceInversionPipeline):
     """Random rows begin as far out as the vocabulary's."""
 
     def _initial_tokens(self, num_tokens, init, words, generator):
@@ -233,7 +233,7 @@ VARIANTS = {
     "noisier_half": NoisierHalf,
     "cleaner_half": CleanerHalf,
     "telling_time_steps": TellingTimeSteps,
-    "near_random": NormalNoise,
+    "near_random": NearRandom,
 }
 
 
