@@ -14,7 +14,7 @@ import pytest
 import torch
 from analogies import judge, random_analogy
 from baselines import load_instruct, picture_latents, visii_instruction
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
 from safetensors import safe_open
@@ -282,3 +282,27 @@ def test_learned_differences_change_other_pictures(storybook):
         unchanged = dataclasses.replace(analogy, target=analogy.query)
         nearer.append(judge(answer, analogy).psnr > judge(answer, unchanged).psnr)
     assert sum(nearer) >= 4, nearer
+
+
+def test_stock_stable_diffusion_draws_what_a_saved_difference_says(storybook, tmp_path):
+    """All four pictures were of a desert, and none without the difference, when it was written."""
+    before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
+    pair = {"before": render(before), "after": render(dataclasses.replace(before, ground="desert"))}
+    difference = storybook.invert_difference(
+        **pair, num_optimization_steps=10, generator=torch.Generator().manual_seed(0)
+    )
+    stock = StableDiffusionPipeline.from_pretrained(
+        STORYBOOK, safety_checker=None, feature_extractor=None, requires_safety_checker=False, dtype=torch.float32
+    )
+    stock.set_progress_bar_config(disable=True)
+    stock.load_textual_inversion(difference.save(tmp_path / "difference.safetensors"))
+    said = {}
+    for end in ("", ", <difference>"):
+        prompt = f"a blue windmill on grass at night with a moon, pixel art{end}"
+        options = {"num_inference_steps": 25, "guidance_scale": 2.0, "num_images_per_prompt": 4}
+        drawn = stock(prompt, **options, generator=torch.Generator().manual_seed(0)).images
+        said[end] = sum("desert" in text for text in storybook.caption(drawn))
+    assert said[""] == 0 and said[", <difference>"] >= 3, said
+    theirs, _ = stock.encode_prompt("a blue windmill, <difference>", "cpu", 1, False)
+    ours = storybook.encode_prompt(["a blue windmill,"], difference.embeddings["<difference>"][None])
+    torch.testing.assert_close(ours, theirs)

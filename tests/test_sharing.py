@@ -4,11 +4,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import PIPELINE_FILE, ROOT, WIDTH, build_pipeline, picture, random_tokens, rows_of, seeded
+from hub import Hub, running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,20 +21,16 @@ from pipeline_difference_inversion import DifferenceTokens
 EXAMPLES = ROOT / "examples"
 
 
-def put_on_the_hub(cache: Path, repo_id: str, folder: Path, revision: str = "main") -> None:
-    """Lays a folder into the Hub's cache, as a download leaves it."""
-    repository, commit = cache / f"models--{repo_id.replace('/', '--')}", "0" * 39 + str(len(revision) % 10)
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / revision).write_text(commit)
-    for file in folder.iterdir():
-        (snapshot / file.name).write_bytes(file.read_bytes())
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
 
 
 def run_alone(code: str, folder: Path, **environment: str) -> str:
-    """What a fresh process prints that is offline, knows no modules yet, and does not stand in the project."""
-    settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), **environment}
+    """What a fresh process prints that knows no modules yet, does not stand in the project, and by default is offline."""
+    caches = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    settings = {"HF_HUB_OFFLINE": "1", **caches, **environment}
     process = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -98,16 +96,40 @@ def test_the_only_file_of_a_folder_is_its_difference_and_of_several_one_is_named
     assert torch.equal(rows_of(named), rows_of(random_tokens(seed=2)))
 
 
-def test_a_difference_on_the_hub_is_found_by_repository_revision_and_name(pipe, tmp_path):
-    cache = tmp_path / "cache"
-    random_tokens(seed=1).save_pretrained(tmp_path / "first")
-    random_tokens(seed=2).save(tmp_path / "second" / "other.safetensors")
-    put_on_the_hub(cache, "someone/castle", tmp_path / "first")
-    put_on_the_hub(cache, "someone/castle", tmp_path / "second", revision="v2")
-    first = pipe.load_difference("someone/castle", cache_dir=cache)
-    assert torch.equal(rows_of(first), rows_of(random_tokens(seed=1)))
-    options = {"revision": "v2", "weight_name": "other.safetensors", "cache_dir": cache}
-    assert torch.equal(rows_of(pipe.load_difference("someone/castle", **options)), rows_of(random_tokens(seed=2)))
+def test_a_pushed_difference_is_found_by_repository_revision_and_name(hub, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from PIL import Image
+from pipeline_difference_inversion import DifferenceTokens
+difference = DifferenceTokens({{"<difference>": torch.ones(2, 4)}}, {{"format": "difference-tokens", "format_version": "1"}})
+print(difference.push_to_hub("someone/castle", before=Image.new("RGB", (8, 8))))
+def load(*where, **options):
+    try:
+        print(*DifferenceTokens.from_pretrained(*where, **options).embeddings["<difference>"].sum(1).tolist())
+    except OSError as error:
+        print(type(error).__name__, error)
+load("someone/castle")
+load("someone/castle", revision="v2", weight_name="other.safetensors")
+load("someone/castle", weight_name="other.safetensors")
+load("someone/castle", revision="v9")
+load("someone/nothing")
+"""
+    DifferenceTokens({"<difference>": torch.full((1, 4), 3.0)}).save(tmp_path / "v2" / "other.safetensors")
+    hub.put("someone/castle", tmp_path / "v2", revision="v2")
+    hub.repositories["someone/castle"]["main"] = {}
+    url, *said = run_alone(code, tmp_path, **online(hub)).splitlines()
+    assert url.startswith(f"{hub.url}/someone/castle/commit/")
+    assert set(hub.repositories["someone/castle"]["main"]) == {"README.md", "before.png", "difference.safetensors"}
+    where = "FileNotFoundError `path_or_repo_id`: 'someone/"
+    assert said == [
+        "4.0 4.0",
+        "12.0",
+        f"{where}castle' has no file 'other.safetensors'; give another `weight_name`.",
+        f"{where}castle' has no revision 'v9'.",
+        f"{where}nothing' is neither a file, nor a folder, nor a repository of the Hub that you may read.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -255,29 +277,62 @@ def test_every_way_of_loading_draws_the_same_in_a_fresh_process(shelf, way):
 # ------------------------------------------------------------------------------------------------------- publishing
 
 
-def publish(what: str, repo_id: str, folder: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "publish.py"), what, repo_id, "--dry-run", str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+def online(hub: Hub) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+
+
+def publish(what: str, repo_id: str, *options: str, **environment: str) -> None:
+    command = [sys.executable, str(EXAMPLES / "publish.py"), what, repo_id, *options]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+
+
+LOAD = """
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({}, trust_remote_code=True)
+print(type(pipe).__name__, pipe.clip is not None, pipe.captioner is not None, hasattr(pipe, "pinned"))
+"""
 
 
 def test_the_published_storybook_loads_by_itself_in_a_fresh_process(tmp_path):
-    publish("storybook", "someone/storybook", tmp_path / "storybook")
-    code = """
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("storybook", trust_remote_code=True)
-print(type(pipe).__name__, pipe.clip is not None, pipe.captioner is not None)
-"""
-    assert run_alone(code, tmp_path).split()[-3:] == ["DifferenceInversionPipeline", "True", "True"]
+    publish("storybook", "someone/storybook", "--dry-run", str(tmp_path / "storybook"))
+    said = run_alone(LOAD.format("'storybook'"), tmp_path)
+    assert said.split()[-4:] == ["DifferenceInversionPipeline", "True", "True", "False"]
     assert ModelCard.load(tmp_path / "storybook" / "README.md").data.library_name == "diffusers"
 
 
 def test_the_published_pipeline_loads_beside_any_checkpoint(shelf, tmp_path):
-    publish("pipeline", "someone/difference-inversion", tmp_path / "code")
-    code = f"""
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({str(shelf / "model")!r}, custom_pipeline="code", trust_remote_code=True)
-print(type(pipe).__name__)
-"""
-    assert run_alone(code, tmp_path).split()[-1] == "DifferenceInversionPipeline"
+    publish("pipeline", "someone/difference-inversion", "--dry-run", str(tmp_path / "code"))
+    said = run_alone(LOAD.format(f"{str(shelf / 'model')!r}, custom_pipeline='code'"), tmp_path)
+    assert said.split()[-4:] == ["DifferenceInversionPipeline", "False", "False", "False"]
     card = (tmp_path / "code" / "README.md").read_text()
     assert 'custom_pipeline="someone/difference-inversion"' in card and PIPELINE_FILE.name not in card
+
+
+def put_pinned(hub: Hub, repo_id: str) -> None:
+    """Another revision of a published repository, whose pipeline can be told from the first's."""
+    main = hub.repositories[repo_id]["main"]
+    pinned = main["pipeline.py"] + b"\n\nDifferenceInversionPipeline.pinned = True\n"
+    hub.repositories[repo_id]["v1"] = {**main, "pipeline.py": pinned}
+
+
+@pytest.mark.parametrize("pin, is_pinned", [("", "False"), (", revision='v1'", "True")])
+def test_storybook_is_published_and_loads_from_the_hub_at_any_revision(hub, tmp_path, pin, is_pinned):
+    publish("storybook", "someone/storybook", **online(hub))
+    put_pinned(hub, "someone/storybook")
+    said = run_alone(LOAD.format(f"'someone/storybook'{pin}"), tmp_path, **online(hub))
+    assert said.split()[-4:] == ["DifferenceInversionPipeline", "True", "True", is_pinned]
+
+
+@pytest.mark.parametrize("pin, is_pinned", [("", "False"), (", custom_revision='v1'", "True")])
+def test_the_pipeline_is_published_and_loads_from_the_hub_at_any_revision(hub, shelf, tmp_path, pin, is_pinned):
+    publish("pipeline", "someone/code", **online(hub))
+    put_pinned(hub, "someone/code")
+    code = LOAD.format(f"{str(shelf / 'model')!r}, custom_pipeline='someone/code'{pin}")
+    said = run_alone(code, tmp_path, **online(hub))
+    assert said.split()[-4:] == ["DifferenceInversionPipeline", "False", "False", is_pinned]
+
+
+def test_who_allows_no_remote_code_is_obeyed(shelf):
+    code = "import pytest\nwith pytest.raises(ValueError, match='DIFFUSERS_DISABLE_REMOTE_CODE'):"
+    code += LOAD.format("'whole'").replace("\n", "\n    ").rstrip()
+    run_alone(code, shelf, DIFFUSERS_DISABLE_REMOTE_CODE="1")
