@@ -865,6 +865,9 @@ class _Example:
     before_prompt: str
     after_prompt: str
 
+    def reversed(self) -> "_Example":
+        return _Example(self.after_latents, self.before_latents, self.after_prompt, self.before_prompt)
+
 
 @dataclass
 class _Draw:
@@ -1205,13 +1208,21 @@ class DifferenceInversionPipeline(
         if method == "pez":
             self._check_hard_prompts(**options or {})
 
-    def _check_hard_prompts(self, num_tokens: int = 1, num_steps: int = 1, learning_rate: float = 1.0) -> None:
+    def _check_hard_prompts(
+        self,
+        num_tokens: int = 1,
+        num_steps: int = 1,
+        learning_rate: float = 1.0,
+        tolerance: Optional[float] = None,
+    ) -> None:
         if not 1 <= num_tokens <= self._room():
             raise ValueError(f"`num_tokens` of a hard prompt is {num_tokens}; there is room for 1 to {self._room()}.")
         if num_steps < 1 or learning_rate <= 0:
             raise ValueError(
                 f"`num_steps` is {num_steps} and `learning_rate` {learning_rate}; both must be above 0 for a hard prompt."
             )
+        if tolerance is not None and not 0 <= tolerance <= 2:
+            raise ValueError(f"`tolerance` is {tolerance}; it is a cosine from 0 to 2, or `None` to keep all words.")
 
     def _check_captioner(self, complaint: str = "There is no captioner to describe `images`: load") -> None:
         if self.captioner is None or self.captioner_processor is None:
@@ -1498,22 +1509,26 @@ class DifferenceInversionPipeline(
         num_tokens: int = 16,
         num_steps: int = 300,
         learning_rate: float = 0.1,
+        tolerance: Optional[float] = 0.01,
         generator: Optional[torch.Generator] = None,
     ) -> list[str]:
         """Describes images by the words whose CLIP embedding is nearest to theirs, one string each.
 
         That is PEZ, of "Hard Prompts Made Easy" (Wen et al., 2023), for all images at once; the words are whole words of
-        the vocabulary, which read as text give the same tokens again.
+        the vocabulary, which read as text give the same tokens again. Afterwards, and beyond PEZ, words are left out
+        that serve nothing.
 
         Args:
             images: as [`caption`] takes them.
-            num_tokens: words for each.
+            num_tokens: words that are sought for each.
             num_steps: optimizer steps.
             learning_rate: AdamW's.
+            tolerance: words are left out as long as the cosine with the image stays within this of its highest, 0 to 2;
+                `None` keeps all of them.
             generator: makes results repeatable.
         """
         self._check_clip("have the captioner describe `images`")
-        self._check_hard_prompts(num_tokens, num_steps, learning_rate)
+        self._check_hard_prompts(num_tokens, num_steps, learning_rate, tolerance)
         encoder = self._encoders_with_clip()[0]
         generator = generator[0] if isinstance(generator, list) else generator
         with frozen(encoder.clip):
@@ -1537,7 +1552,23 @@ class DifferenceInversionPipeline(
                 found = torch.where(better[:, None], nearest, found)
                 optimizer.step()
                 optimizer.zero_grad()
-        return [_written(self.tokenizer, ids) for ids in words[found].tolist()]
+            chosen = words[found]
+            if tolerance is not None:
+                chosen = [self._fewest_words(encoder, *each, tolerance) for each in zip(chosen, target, strict=True)]
+        return [_written(self.tokenizer, ids.tolist()) for ids in chosen]
+
+    def _fewest_words(
+        self, encoder: _Encoder, ids: torch.Tensor, target: torch.Tensor, tolerance: float
+    ) -> torch.Tensor:
+        """Words (num_tokens,) without those that bring CLIP's text embedding no nearer to an image's."""
+        highest = self._clip_row_features(encoder, encoder.table[ids[None]].float()) @ target
+        while len(ids) > 1:
+            shorter = torch.stack([torch.cat([ids[:i], ids[i + 1 :]]) for i in range(len(ids))])
+            cosine, left_out = (self._clip_row_features(encoder, encoder.table[shorter].float()) @ target).max(0)
+            if cosine < highest - tolerance:
+                break
+            ids, highest = shorter[left_out], torch.maximum(highest, cosine)
+        return ids
 
     def _to_pil(self, image: Any, name: str) -> Image.Image:
         image = flatten_image(image, name)
@@ -1853,7 +1884,10 @@ class DifferenceInversionPipeline(
             words = self._word_rows([] if hard else lost, gained, room, allowed)
             unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
             if settings.init == "clip" or unsaid:
-                words = self._seen_word(examples, befores, afters, generator)
+                seen = self._seen_word(examples, befores, afters, generator)
+                gained, words = gained or seen, self._word_rows([], seen, num_tokens=1)
+            if not comparable:  # the query's prompt is likely to have this word too
+                lost = self._seen_word([e.reversed() for e in examples], afters, befores, generator)
             if settings.learning_rate is None:
                 learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
                 settings = replace(settings, learning_rate=learning_rate)
@@ -1926,8 +1960,8 @@ class DifferenceInversionPipeline(
         lost, gained = map(common_phrases, sides)
         return lost, gained
 
-    def _seen_word(self, examples: list[_Example], befores: list, afters: list, generator) -> torch.Tensor:
-        """The one word of the vocabulary that the images' change is nearest to, (1, dim); (0, dim) if none changed.
+    def _seen_word(self, examples: list[_Example], befores: list, afters: list, generator) -> list[str]:
+        """The one word of the vocabulary that the images' change is nearest to; none if they did not change.
 
         CLIP is quick and shortsighted, so it only proposes words. Of those, the UNet takes the one with which, after
         the prompt of A, it draws A' best and A worst.
@@ -1936,7 +1970,7 @@ class DifferenceInversionPipeline(
         delta = self._image_delta(encoder.clip, befores, afters)
         words = self._vocabulary_words(fewest_letters=3)
         if not delta.any() or not len(words):
-            return self._rows(None)
+            return []
         features = [self._clip_row_features(encoder, part[:, None]) for part in encoder.table[words].split(1024)]
         likeness = torch.cat(features) @ delta
         nearest = words[likeness.topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
@@ -1953,8 +1987,7 @@ class DifferenceInversionPipeline(
             return total
 
         best = min(nearest.tolist(), key=error)
-        logger.info("The tokens begin at the word %r.", self.tokenizer.decode(best))
-        return self._embedded([best])
+        return [_written(self.tokenizer, [best])]
 
     def _vocabulary_words(self, fewest_letters: int = 1) -> torch.Tensor:
         """Ids of the vocabulary's whole words, which text of them gives back."""
