@@ -301,7 +301,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the analogies; several are run together")
     parser.add_argument("--per-kind", type=int, default=20, help="analogies of each of the six kinds from each seed")
     parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--xl", type=Path, metavar="FOLDER", help="Storybook-XL's own parts, beside those of --model")
+    parser.add_argument(
+        "--xl",
+        type=Path,
+        nargs="?",
+        const=HERE / "model_xl",
+        metavar="FOLDER",
+        help="Storybook-XL, whose own parts lie there beside those of --model",
+    )
     parser.add_argument(
         "--config",
         action="append",
