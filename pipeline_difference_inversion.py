@@ -72,6 +72,7 @@ from huggingface_hub.errors import (
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -380,7 +381,7 @@ class DifferenceTokens:
         """
         if count < 1:
             raise ValueError(f"`count` is {count}; it must be at least 1.")
-        table = text_encoder.get_input_embeddings().weight.detach().float()
+        table = embedding_table(text_encoder.get_input_embeddings()).float()
         fitting = [rows for rows in self.embeddings.values() if rows.shape[1] == table.shape[1]]
         if not fitting:
             raise ValueError(f"`text_encoder` has embeddings of size {table.shape[1]}, and this is {self!r}.")
@@ -651,9 +652,15 @@ def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any) -> None:
             raise ValueError(f"`difference`: {name!r} in {str(source)!r} has values that are not finite.")
 
 
+def embedding_table(embedding: torch.nn.Module) -> torch.Tensor:
+    """A token embedding's table (words, dim), also of a module whose weights sequential offloading has put aside."""
+    weight = embedding.weight.detach()
+    return embedding(torch.arange(len(weight))) if weight.is_meta else weight
+
+
 def _sampled(table: torch.Tensor) -> torch.Tensor:
     """Evenly spaced rows of an embedding table, by which it is known."""
-    return table.detach()[:: max(1, len(table) // 256)].cpu()
+    return table[:: max(1, len(table) // 256)].cpu()
 
 
 def embedding_fingerprint(text_encoder: torch.nn.Module, vocab_size: Optional[int] = None) -> str:
@@ -661,7 +668,8 @@ def embedding_fingerprint(text_encoder: torch.nn.Module, vocab_size: Optional[in
 
     With `vocab_size`, of the vocabulary that the model came with, whatever a textual inversion has added.
     """
-    sample = _sampled(text_encoder.get_input_embeddings().weight[:vocab_size]).to(torch.float16)
+    table = embedding_table(text_encoder.get_input_embeddings())
+    sample = _sampled(table[:vocab_size]).to(torch.float16)
     return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -834,8 +842,13 @@ class _Encoder:
 
     @property
     def table(self) -> torch.Tensor:
-        """Its token embeddings, (words, width)."""
-        return self.model.get_input_embeddings().weight
+        """Its token embeddings, (words, width), on whichever device offloading has them."""
+        return embedding_table(self.model.get_input_embeddings())
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (..., width) in float32, where the ids (...) are."""
+        table = self.table
+        return table[ids.to(table.device)].to(ids.device, torch.float32)
 
     @property
     def width(self) -> int:
@@ -979,9 +992,7 @@ class DifferenceInversionPipeline(
             embeddings of zero.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    # These are called by other methods than forward, where offload hooks do not act, or are needed again by backward.
-    _exclude_from_cpu_offload = ["text_encoder", "text_encoder_2", "clip", "clip_2", "captioner"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
     _optional_components = [
         "clip",
         "clip_processor",
@@ -1062,6 +1073,27 @@ class DifferenceInversionPipeline(
             return [_Encoder(DEFAULT_TOKEN, *first)]
         second = (self.tokenizer_2, self.text_encoder_2, self.clip_2, "clip_2")
         return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
+
+    def _make_room(self, *models: torch.nn.Module) -> None:
+        """Leaves these models alone on the device, where `enable_model_cpu_offload` has models moved.
+
+        Its hooks act on `forward` alone, and once in a fixed order; here models take turns, and some are called by other
+        methods.
+        """
+        hooks = getattr(self, "_all_hooks", [])
+        for hook in hooks:
+            if not any(hook.model is model for model in models):
+                hook.offload()
+        for hook in hooks:
+            if any(hook.model is model for model in models):
+                hook.model.to(self._execution_device)
+
+    def _without_graph(self, function: Callable, *inputs: Any) -> Any:
+        """A function of models that have left the device when backward needs them: where models are moved, it is called
+        again then."""
+        if torch.is_grad_enabled() and getattr(self, "_all_hooks", []):
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
 
     # ------------------------------------------------------------------------------------------------- checking
 
@@ -1196,7 +1228,7 @@ class DifferenceInversionPipeline(
         for encoder in encoders:
             if encoder.clip is None:
                 continue
-            table = encoder.clip.text_model.embeddings.token_embedding.weight
+            table = embedding_table(encoder.clip.text_model.embeddings.token_embedding)
             if not same_embeddings(table, encoder.table):
                 others = [e.clip_name for e in encoders if same_embeddings(table, e.table)]
                 remedy = f"give it as `{others[0]}`" if others else f"give {remedies[encoder.clip_name]}"
@@ -1475,7 +1507,8 @@ class DifferenceInversionPipeline(
 
     def _embedded(self, ids: Any) -> torch.Tensor:
         """The rows (tokens, dim) of the vocabulary's tokens, in float32."""
-        return torch.cat([encoder.table[ids].float() for encoder in self._encoders], dim=-1)
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self._execution_device)
+        return torch.cat([encoder.rows(ids) for encoder in self._encoders], dim=-1)
 
     @torch.no_grad()
     def caption(self, images: list, question: Optional[str] = None, max_new_tokens: int = 50) -> list[str]:
@@ -1506,6 +1539,7 @@ class DifferenceInversionPipeline(
 
     def _generated(self, inputs: Any, max_new_tokens: int, start: int = 0) -> list[str]:
         """What the captioner says to inputs of its processor, from a token on."""
+        self._make_room(self.captioner)
         inputs = inputs.to(self._execution_device, self.captioner.dtype)
         tokens = self.captioner.generate(**inputs, max_new_tokens=max_new_tokens)[:, start:]
         return [text.strip() for text in self.captioner_processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -1542,7 +1576,7 @@ class DifferenceInversionPipeline(
         with frozen(encoder.clip):
             target = self._clip_image_features(encoder.clip, as_list(images))
             words = self._vocabulary_words()
-            vocabulary = Vocabulary(encoder.table[words])
+            vocabulary = Vocabulary(encoder.rows(words))
             shape = (len(target), num_tokens)
             device = generator.device if generator else "cpu"
             start = torch.randint(len(words), shape, generator=generator, device=device).to(words.device)
@@ -1569,10 +1603,10 @@ class DifferenceInversionPipeline(
         self, encoder: _Encoder, ids: torch.Tensor, target: torch.Tensor, tolerance: float
     ) -> torch.Tensor:
         """Words (num_tokens,) without those that bring CLIP's text embedding no nearer to an image's."""
-        highest = self._clip_row_features(encoder, encoder.table[ids[None]].float()) @ target
+        highest = self._clip_row_features(encoder, encoder.rows(ids[None])) @ target
         while len(ids) > 1:
             shorter = torch.stack([torch.cat([ids[:i], ids[i + 1 :]]) for i in range(len(ids))])
-            cosine, left_out = (self._clip_row_features(encoder, encoder.table[shorter].float()) @ target).max(0)
+            cosine, left_out = (self._clip_row_features(encoder, encoder.rows(shorter)) @ target).max(0)
             if cosine < highest - tolerance:
                 break
             ids, highest = shorter[left_out], torch.maximum(highest, cosine)
@@ -1612,6 +1646,7 @@ class DifferenceInversionPipeline(
     def _encode(self, prompts: list[str], rows: torch.Tensor) -> _Condition:
         """The same for rows that are on the device, which took a fifth of learning's time to find at every step."""
         outputs = []
+        self._make_room(*(encoder.model for encoder in self._encoders))
         for encoder, part in self._by_encoder(rows):
             input_ids, slots = self._place_rows(encoder.tokenizer, prompts, part.shape[1], part.device)
             with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
@@ -1677,6 +1712,7 @@ class DifferenceInversionPipeline(
             own = image_size(flatten_image(image, name))
             if own != size:
                 logger.warning("`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *own, *size)
+        self._make_room(self.vae)
         with self._precise_vae():
             pixels = self._pixels(images, name, size).to(self._execution_device, self.vae.dtype)
             latents = self.vae.encode(pixels).latent_dist.mode()
@@ -1688,6 +1724,7 @@ class DifferenceInversionPipeline(
 
     def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (batch, 3, height, width), -1 to 1."""
+        self._make_room(self.vae)
         with self._precise_vae():
             return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
@@ -1734,6 +1771,7 @@ class DifferenceInversionPipeline(
 
     def _clip_image_features(self, clip: CLIPModel, images: list) -> torch.Tensor:
         """CLIP's image embeddings (images, dim) at unit length."""
+        self._make_room(clip)
         pictures = [self._to_pil(image, "images") for image in images]
         pixel_values = self.clip_processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(self._execution_device, clip.dtype)
@@ -1745,6 +1783,7 @@ class DifferenceInversionPipeline(
         """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in the encoder's rows."""
         if rows is None:
             rows = torch.zeros(len(prompts), 0, encoder.width, device=self._execution_device)
+        self._make_room(encoder.clip)
         embedding = encoder.clip.text_model.embeddings.token_embedding
         input_ids, slots = self._place_rows(
             encoder.tokenizer, prompts, rows.shape[1], rows.device, vocab_size=len(embedding.weight)
@@ -1757,6 +1796,7 @@ class DifferenceInversionPipeline(
 
         Without the padding to the whole window, which CLIP's end token does not see.
         """
+        self._make_room(encoder.clip)
         tokenizer, (batch, num_rows, _) = encoder.tokenizer, rows.shape
         ids = [tokenizer.bos_token_id] * (num_rows + 1) + [tokenizer.eos_token_id]
         input_ids = torch.tensor(ids, device=rows.device).expand(batch, -1)
@@ -1979,7 +2019,7 @@ class DifferenceInversionPipeline(
         words = self._vocabulary_words(fewest_letters=3)
         if not delta.any() or not len(words):
             return []
-        features = [self._clip_row_features(encoder, part[:, None]) for part in encoder.table[words].split(1024)]
+        features = [self._clip_row_features(encoder, part[:, None]) for part in encoder.rows(words).split(1024)]
         likeness = torch.cat(features) @ delta
         nearest = words[likeness.topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
         draw = self._draw(examples[0].after_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
@@ -2105,7 +2145,7 @@ class DifferenceInversionPipeline(
     def _token_features(self, tokens: torch.Tensor, example: _Example) -> list[torch.Tensor]:
         """What is to point where each CLIP's delta does, (dim,): its text embedding of the tokens alone (Figure 3)."""
         parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
-        return [self._clip_text_features(encoder, [""], part[None])[0] for encoder, part in parts]
+        return [self._without_graph(self._clip_text_features, encoder, [""], part[None])[0] for encoder, part in parts]
 
     def _judge(self, tokens: torch.Tensor, goal: _Goal, probe: _Draw) -> float:
         losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
@@ -2139,7 +2179,8 @@ class DifferenceInversionPipeline(
         Both are (images, samples, channels, height, width): every image under every noise of the draw.
         """
         images, samples = len(prompts), len(draw.timesteps)
-        latents, condition = latents.repeat_interleave(samples, dim=0), self._encode(prompts, rows).repeat(samples)
+        condition = self._without_graph(self._encode, prompts, rows).repeat(samples)
+        latents = latents.repeat_interleave(samples, dim=0)
         noise, timesteps = draw.noise.repeat(images, 1, 1, 1), draw.timesteps.repeat(images)
         # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
         training_schedule = DDPMScheduler.from_config(self.scheduler.config)
@@ -2150,6 +2191,7 @@ class DifferenceInversionPipeline(
 
     def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:
         """The UNet's prediction (batch, ...); SDXL's is also told the picture's size, which it is to be drawn whole in."""
+        self._make_room(self.unet)
         added = None
         if condition.pooled_prompt_embeds is not None:
             size = [side * self.vae_scale_factor for side in latents.shape[-2:]]

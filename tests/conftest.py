@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -204,6 +205,41 @@ def rows_of(difference) -> torch.Tensor:
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def watched(pipe) -> Iterator[list[set[str]]]:
+    """While open, which models are on the device, from one move to the next; a model that works elsewhere is an error.
+
+    The device is a processor here, "cpu:0", and where models wait is "cpu".
+    """
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    present, history, move = set(), [], torch.nn.Module.to
+
+    def to(module, *arguments, **options):
+        for name, model in models.items():
+            if module is model and isinstance(arguments[0], (str, torch.device)):
+                (present.add if torch.device(arguments[0]).index == 0 else present.discard)(name)
+                history.append(set(present))
+        return move(module, *arguments, **options)
+
+    def must_be_present(name):
+        def check(*_):
+            assert name in present, f"{name} works while {present} are on the device"
+
+        return check
+
+    # Every part that has weights: before it goes forwards, and once it has been backwards.
+    working = [(name, part) for name, model in models.items() for part in model.modules() if part._parameters]
+    hooks = [part.register_forward_pre_hook(must_be_present(name)) for name, part in working]
+    hooks += [part.register_full_backward_hook(must_be_present(name)) for name, part in working]
+    torch.nn.Module.to = to
+    try:
+        yield history
+    finally:
+        torch.nn.Module.to = move
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from conftest import (
     random_tokens,
     rows_of,
     seeded,
+    watched,
 )
 from diffusers import (
     DDIMInverseScheduler,
@@ -1206,17 +1207,24 @@ def test_from_pipe_shares_the_weights_of_a_stock_pipeline(dtype, said, pair):
     assert rows_of(pipe.invert_difference(**pair, num_optimization_steps=4, generator=seeded())).any()
 
 
-def test_components_can_be_moved_to_the_processor_one_by_one(pair):
-    pytest.importorskip("accelerate")
+@pytest.mark.parametrize("method", ["caption", "pez"])
+def test_offloaded_models_take_turns_on_the_device(pair, method):
+    """Also the text encoder, CLIP and the UNet while learning goes backwards through them."""
     captioner, processor = build_captioner()
-    learning = {"before": pair["before"], "after": pair["after"], "num_optimization_steps": 2}
-    query = {"image": picture("blue"), "num_inference_steps": STEPS, "output_type": "latent"}
+    learning = {"before": pair["before"], "after": pair["after"], "num_optimization_steps": 2, "lambda_before": 1.0}
+    learning |= {"prompt_method": method, "prompt_kwargs": {"num_steps": 2} if method == "pez" else None}
+    query = {"image": picture("blue"), "num_inference_steps": STEPS}
     plain, offloaded = (build_pipeline(captioner=captioner, captioner_processor=processor) for _ in range(2))
     expected = plain(**learning, **query, generator=seeded())
     offloaded.enable_model_cpu_offload(device="cpu")
-    out = offloaded(**learning, **query, generator=seeded())
+    with watched(offloaded) as history:
+        out = offloaded(**learning, **query, generator=seeded())
+    assert set().union(*history) == {"vae", "text_encoder", "unet", "clip"} | (
+        {"captioner"} if method == "caption" else set()
+    )
+    assert max(map(len, history)) == 1
     torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
-    torch.testing.assert_close(out.images, expected.images)
+    assert out.images[0].tobytes() == expected.images[0].tobytes()
 
 
 SAVERS = {
