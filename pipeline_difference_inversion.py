@@ -31,6 +31,7 @@ import difflib
 import hashlib
 import inspect
 import itertools
+import numbers
 import os
 import re
 import tempfile
@@ -90,6 +91,7 @@ WORD_CONTRAST = 0.5
 # Of each step's noise, with `inversion="ddpm"`. Against 1, answers on Storybook were as often right, and nearer to the right
 # pictures by 0.5 ± 0.3 dB (56 analogies of three seeds).
 DDPM_ETA = 0.5
+LEAST_DDPM_ETA = 0.01  # below which the noises that hold the query are too large for what numbers can tell apart
 NUM_MASK_STEPS = 10  # of the drawing, at which a mask is looked for
 # Share of the strongest change at which a place belongs to the mask. On 30 analogies of Storybook the mask then covered
 # 0.98 of the changed pixels or more in the mean of every kind, and left alone 0.72 to 0.87 of the others where the change
@@ -347,6 +349,8 @@ class DifferenceTokens:
             raise ValueError(f"Differences for different text encoders do not add: {self!r} and {other!r}.")
         # One encoder's tokens may have any name; those of two are told apart by theirs, and files sort them.
         others = other.embeddings if len(names) > 1 else dict(zip(names, other.embeddings.values(), strict=True))
+        if any(own.shape[1:] != others[name].shape[1:] for name, own in self.embeddings.items()):
+            raise ValueError(f"Differences of different base models do not add: {self!r} and {other!r}.")
         common = ("base_model", "prediction_type", "embedding_fingerprint")
         metadata = {k: v for k, v in self.metadata.items() if k in common and other.metadata.get(k) == v}
         for key in ("lost_phrases", "gained_phrases"):
@@ -414,7 +418,7 @@ class DifferenceTokens:
         The file is written beside its place and then moved there, so that a crash leaves the old one or the new one.
 
         Args:
-            path: where; `.safetensors` is added if it has no ending.
+            path: where; `.safetensors` is added where it is not the ending.
 
         Returns:
             The path that was written.
@@ -429,7 +433,7 @@ class DifferenceTokens:
                     f"vectors of an upper-case name. Rename it {name.lower()!r}."
                 )
         path = Path(path)
-        path = path if path.suffix else path.with_suffix(".safetensors")
+        path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: rows.detach().cpu().contiguous() for name, rows in self.embeddings.items()}
         header = {**self.metadata, "format": FILE_FORMAT, "format_version": str(FILE_FORMAT_VERSION)}
@@ -639,23 +643,23 @@ def _what_a_file_is(path: Path) -> str:
     return "is not a safetensors file, or is damaged."
 
 
-def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any) -> None:
+def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any, argument: str = "difference") -> None:
     if not embeddings:
-        raise ValueError(f"`difference`: {str(source)!r} holds no tensor.")
+        raise ValueError(f"`{argument}`: {str(source)!r} holds no tensor.")
     for name, rows in embeddings.items():
         if rows.ndim != 2 or not rows.is_floating_point():
             raise ValueError(
-                f"`difference`: {name!r} in {str(source)!r} is {tuple(rows.shape)}, {rows.dtype}; difference "
+                f"`{argument}`: {name!r} in {str(source)!r} is {tuple(rows.shape)}, {rows.dtype}; difference "
                 "tokens are floating-point matrices (num_tokens, dim)."
             )
         if not torch.isfinite(rows).all():
-            raise ValueError(f"`difference`: {name!r} in {str(source)!r} has values that are not finite.")
+            raise ValueError(f"`{argument}`: {name!r} in {str(source)!r} has values that are not finite.")
 
 
 def embedding_table(embedding: torch.nn.Module) -> torch.Tensor:
     """A token embedding's table (words, dim), also of a module whose weights sequential offloading has put aside."""
     weight = embedding.weight.detach()
-    return embedding(torch.arange(len(weight))) if weight.is_meta else weight
+    return embedding(torch.arange(len(weight))).detach() if weight.is_meta else weight
 
 
 def _sampled(table: torch.Tensor) -> torch.Tensor:
@@ -744,6 +748,13 @@ def first_of(generator: Union[torch.Generator, list[torch.Generator], None]) -> 
     return next(iter(generator), None) if isinstance(generator, list) else generator
 
 
+def check_number(name: str, value: Any, whole: bool = False) -> None:
+    """Raises `ValueError` for what is no finite number, or no whole one."""
+    if isinstance(value, numbers.Integral if whole else numbers.Real) and np.isfinite(value):
+        return
+    raise ValueError(f"`{name}` is {value!r}; it must be a {'whole' if whole else 'finite'} number.")
+
+
 def as_list(value: Any) -> list:
     """One thing or several, as a list; batched arrays and tensors are taken apart."""
     if isinstance(value, (list, tuple)):
@@ -791,6 +802,8 @@ def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
         raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
     if channels and image.dtype == np.uint8:
         return flatten_image(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), name)
+    if (np.issubdtype(image.dtype, np.floating) if channels else image.is_floating_point()) and image.max() > 1.01:
+        raise ValueError(f"`{name}` has values up to {image.max():g}; of floating-point pictures they end at 1.")
     if channels:
         scale = 1 if image.dtype == np.bool_ or np.issubdtype(image.dtype, np.floating) else 255
         image = np.repeat(image, 3 // image.shape[-1], axis=-1).astype(np.float32) / scale
@@ -1120,6 +1133,12 @@ class DifferenceInversionPipeline(
                 tensor = getattr(owner, name)
                 if tensor.dtype != dtype:
                     tensor.data = tensor.data.to(dtype)
+        if getattr(pipeline, "_all_hooks", []):
+            built.enable_model_cpu_offload(device=pipeline._offload_device)
+        elif not pipeline.hf_device_map:
+            for part in options.values():  # which the pipeline's own are likely to be elsewhere than
+                if isinstance(part, torch.nn.Module):
+                    part.to(pipeline.device)
         return built
 
     @classmethod
@@ -1130,6 +1149,12 @@ class DifferenceInversionPipeline(
 
     def _check_model(self) -> None:
         """Raises `ValueError` for a base model that this pipeline cannot tell what to draw."""
+        channels, latent_channels = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels != latent_channels:
+            raise ValueError(
+                f"`unet` has {channels} input channels for latents of {latent_channels}: it is one for inpainting or for "
+                "instructions, and an ordinary Stable Diffusion is what to load."
+            )
         if self.text_encoder is None:
             raise ValueError("`text_encoder` is missing; SDXL's refiner has none, and its base model is what to load.")
         if self.unet.config.get("addition_embed_type") == "text_time" and None in (
@@ -1152,6 +1177,8 @@ class DifferenceInversionPipeline(
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
         self._check_model()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("`before` and `after` are to be learned from, which `torch.inference_mode` forbids.")
         if before is None or after is None:
             missing = "before" if before is None else "after"
             raise ValueError(
@@ -1169,6 +1196,12 @@ class DifferenceInversionPipeline(
         self._check_prompt_method(prompt_method, prompt_kwargs)
         self._check_prompts("before_prompt", before_prompt, len(befores), prompt_method)
         self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
+        for name in ("num_optimization_steps", "num_tokens", "num_samples_per_step"):
+            check_number(name, getattr(settings, name), whole=True)
+        for name in ("alpha", "lambda_clip", "lambda_tc", "lambda_before"):
+            check_number(name, getattr(settings, name))
+        if settings.learning_rate is not None:
+            check_number("learning_rate", settings.learning_rate)
         if not 0 <= settings.alpha <= 1:
             raise ValueError(
                 f"`alpha` is {settings.alpha}; it goes from 0 (the images' delta) to 1 (the captions' delta)."
@@ -1291,6 +1324,7 @@ class DifferenceInversionPipeline(
         height,
         width,
         num_inference_steps,
+        guidance_scale,
         inversion,
         strength,
         eta,
@@ -1324,11 +1358,18 @@ class DifferenceInversionPipeline(
         for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            check_number(name, value, whole=True)
+        for scale in difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale]:
+            check_number("difference_scale", scale)
+        if guidance_scale is not None:
+            check_number("guidance_scale", guidance_scale)
         most_steps = self.scheduler.config.num_train_timesteps - 1
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= most_steps:
-            raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps}; it is a whole number, 1 to {most_steps}."
-            )
+        if not 1 <= num_inference_steps <= most_steps:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it goes from 1 to {most_steps}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` is {output_type!r}; it is 'pil', 'np', 'pt' or 'latent'.")
         if source_prompt is not None and image is None:
@@ -1339,10 +1380,10 @@ class DifferenceInversionPipeline(
             raise ValueError(f"`strength` is {strength}; it must be above 0 and at most 1.")
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"`eta` is {eta}; it goes from 0 (deterministic) to 1.")
-        if eta == 0 and inversion == "ddpm" and image is not None:
+        if eta is not None and eta < LEAST_DDPM_ETA and inversion == "ddpm" and image is not None:
             raise ValueError(
-                '`eta` is 0, and the query is held by the noises of `inversion="ddpm"`; give more, or '
-                '`inversion="ddim"`.'
+                f'`eta` is {eta}, and the query is held by the noises of `inversion="ddpm"`; give at least '
+                f'{LEAST_DDPM_ETA}, or `inversion="ddim"`.'
             )
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
@@ -1424,7 +1465,7 @@ class DifferenceInversionPipeline(
                 f"and is a {type(difference).__name__}."
             )
         embeddings = dict(difference.embeddings)
-        _check_embeddings(embeddings, "the given tokens")
+        _check_embeddings(embeddings, "the given tokens", name)
         encoders = self._encoders
         two = len(encoders) == 2
         if len(embeddings) != len(encoders) or (two and set(embeddings) != set(TWO_ENCODER_TOKENS)):
@@ -1844,7 +1885,8 @@ class DifferenceInversionPipeline(
             after_prompt: describes `after`, likewise.
             prompt_method: how prompts that are left out are written: `"caption"` by the captioner, `"pez"` as the words
                 that CLIP finds nearest to each image (the paper's choice). Two prompts found so differ in more than the
-                change, so that no words are taken from them, and `init="prompts"` is `"clip"`.
+                change, so that no words are taken from them, and `init="prompts"` is `"clip"`; the word that the pair
+                lost, too, is then the one that the images say.
             prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             height: to resize the images to, in pixels; the first image's own by default, in whole latents.
             width: likewise.
@@ -1931,11 +1973,12 @@ class DifferenceInversionPipeline(
             room = settings.num_tokens if settings.init == "prompts" else 0
             words = self._word_rows([] if hard else lost, gained, room, allowed)
             unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
-            if settings.init == "clip" or unsaid:
-                seen = self._seen_word(examples, befores, afters, generator)
-                gained, words = gained or seen, self._word_rows([], seen, num_tokens=1)
-            if not comparable:  # the query's prompt is likely to have this word too
-                lost = self._seen_word([e.reversed() for e in examples], afters, befores, generator)
+            by_clip = settings.init == "clip" or unsaid
+            if by_clip or not comparable:
+                # The query's prompt is likely to have the word that PEZ's prompts do not agree on having lost.
+                seen_lost, seen = self._seen_words(examples, befores, afters, not comparable, generator)
+                lost, gained = lost or seen_lost, gained or seen
+                words = self._word_rows([], seen, num_tokens=1) if by_clip else words
             if settings.learning_rate is None:
                 learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
                 settings = replace(settings, learning_rate=learning_rate)
@@ -2008,34 +2051,50 @@ class DifferenceInversionPipeline(
         lost, gained = map(common_phrases, sides)
         return lost, gained
 
-    def _seen_word(self, examples: list[_Example], befores: list, afters: list, generator) -> list[str]:
-        """The one word of the vocabulary that the images' change is nearest to; none if they did not change.
+    def _seen_words(
+        self, examples: list[_Example], befores: list, afters: list, both: bool, generator
+    ) -> tuple[list[str], list[str]]:
+        """The word of the vocabulary that the images' change leads away from, if `both`, and the one that it leads to;
+        none where nothing changed.
 
-        CLIP is quick and shortsighted, so it only proposes words. Of those, the UNet takes the one with which, after
-        the prompt of A, it draws A' best and A worst.
+        CLIP is quick and shortsighted, so it only proposes words, and the UNet chooses.
         """
         encoder = self._encoders_with_clip()[0]
         delta = self._image_delta(encoder.clip, befores, afters)
         words = self._vocabulary_words(fewest_letters=3)
         if not delta.any() or not len(words):
-            return []
+            return [], []
         features = [self._clip_row_features(encoder, part[:, None]) for part in encoder.rows(words).split(1024)]
-        likeness = torch.cat(features) @ delta
-        nearest = words[likeness.topk(min(NUM_WORD_CANDIDATES, len(words))).indices]
+        likeness, count = torch.cat(features) @ delta, min(NUM_WORD_CANDIDATES, len(words))
         draw = self._draw(examples[0].after_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
+        gained = self._telling_word(words[likeness.topk(count).indices].tolist(), examples, draw)
+        if not both:
+            return [], gained
+        nearest, backwards = words[(-likeness).topk(count).indices].tolist(), [e.reversed() for e in examples]
+        return self._telling_word(nearest, backwards, draw, must_help=True), gained
 
-        def error(word: int) -> float:
-            """How badly A' is drawn with the word, and how well A is."""
-            rows, total = self._embedded([word]).expand(2, 1, -1), 0.0
+    def _telling_word(
+        self, words: list[int], examples: list[_Example], draw: _Draw, must_help: bool = False
+    ) -> list[str]:
+        """The word with which, after the prompt of A, the UNet draws A' best and A worst; none if it `must_help` and
+        A' is drawn no better with any than without."""
+
+        def errors(word: Optional[int]) -> tuple[float, float]:
+            """How badly A' is drawn with the word, and how badly A is."""
+            rows = self._embedded([] if word is None else [word]).expand(2, -1, -1)
+            total = torch.zeros(2)
             for example in examples:
                 latents = torch.cat([example.after_latents, example.before_latents])
                 prediction, target = self._predict(latents, [example.before_prompt] * 2, rows, draw)
-                after, before = (prediction - target).square().flatten(1).mean(1).tolist()
-                total += after - WORD_CONTRAST * before
-            return total
+                total += (prediction - target).square().flatten(1).mean(1).cpu()
+            return tuple(total.tolist())
 
-        best = min(nearest.tolist(), key=error)
-        return [_written(self.tokenizer, [best])]
+        found = {word: errors(word) for word in words}
+        if must_help:
+            without, _ = errors(None)
+            found = {word: (after, before) for word, (after, before) in found.items() if after < without}
+        best = min(found, key=lambda word: found[word][0] - WORD_CONTRAST * found[word][1], default=None)
+        return [] if best is None else [_written(self.tokenizer, [best])]
 
     def _vocabulary_words(self, fewest_letters: int = 1) -> torch.Tensor:
         """Ids of the vocabulary's whole words, which text of them gives back."""
@@ -2192,7 +2251,7 @@ class DifferenceInversionPipeline(
     def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:
         """The UNet's prediction (batch, ...); SDXL's is also told the picture's size, which it is to be drawn whole in."""
         self._make_room(self.unet)
-        added = None
+        added, latents = None, latents.to(self.unet.dtype)
         if condition.pooled_prompt_embeds is not None:
             size = [side * self.vae_scale_factor for side in latents.shape[-2:]]
             time_ids = torch.tensor([*size, 0, 0, *size], device=latents.device, dtype=latents.dtype)
@@ -2208,8 +2267,9 @@ class DifferenceInversionPipeline(
         spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse knows no other
         known = inspect.signature(family.__init__).parameters
         config = {name: value for name, value in self.scheduler.config.items() if name in known}
-        config.setdefault("set_alpha_to_one", False)  # at which the last step, too, can be undone
-        return family.from_config(config, clip_sample=False, timestep_spacing=spacing)
+        # At these the last step, too, can be undone.
+        undoable = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+        return family.from_config(config | undoable, timestep_spacing=spacing)
 
     def _latents_shape(self, batch_size: int, size: tuple[int, int]) -> tuple[int, ...]:
         return (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
@@ -2236,7 +2296,7 @@ class DifferenceInversionPipeline(
         "An Edit Friendly DDPM Noise Space" (Huberman-Spiegelglas et al., 2024): the query is noised independently for
         every step, so that the noises between hold its layout, and hold it under another prompt as well.
         """
-        latents, dtype = latents.float(), latents.dtype  # noises are small differences divided by small numbers
+        latents = latents.float()  # noises are small differences divided by small numbers
 
         def noised(t: torch.Tensor) -> torch.Tensor:
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -2244,12 +2304,12 @@ class DifferenceInversionPipeline(
 
         noises, path = [], [*map(noised, timesteps), latents]
         for t, (here, there) in zip(self.progress_bar(timesteps), pairwise(path), strict=True):
-            prediction = self._unet_output(here.to(dtype), t, condition).float()
+            prediction = self._unet_output(here, t, condition).float()
             step = partial(scheduler.step, prediction, t, here, eta=eta)
             mean = step(variance_noise=torch.zeros_like(here)).prev_sample
             deviation = step(variance_noise=torch.ones_like(here)).prev_sample - mean
             noises.append(torch.where(deviation > 0, (there - mean) / deviation, 0))
-        return torch.stack(path).to(dtype), torch.stack(noises).to(dtype)
+        return torch.stack(path), torch.stack(noises)
 
     def _denoise(
         self,
@@ -2275,7 +2335,7 @@ class DifferenceInversionPipeline(
                 if self.interrupt:
                     break
                 inputs = scheduler.scale_model_input(latents, t)
-                prediction = self._guided(inputs, t, condition, baseline)
+                prediction = self._guided(inputs, t, condition, baseline).to(latents.dtype)
                 if start.noises is not None:
                     extra = {"eta": eta, "variance_noise": start.noises[i]}
                 latents = scheduler.step(prediction, t, latents, **extra).prev_sample
@@ -2295,7 +2355,7 @@ class DifferenceInversionPipeline(
                     condition = _Condition(*(known[name] for name in vars(condition)))
                     baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
                 progress_bar.update()
-        return latents
+        return latents.to(self.unet.dtype)
 
     def _guided(self, inputs, t, condition: _Condition, baseline: _Condition) -> torch.Tensor:
         """The UNet's prediction (batch, ...), as far from the baseline's as guidance says."""
@@ -2482,8 +2542,8 @@ class DifferenceInversionPipeline(
             difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that
                 begin as words of A' seldom know: swap `before` and `after` and learn that instead.
             replace_phrases: leave out of the query's prompt what the prompt of A says and that of A' does not, if it
-                is there word for word, so that the tokens need not contradict it. Differences remember these phrases,
-                as `metadata["lost_phrases"]`.
+                is there word for word, so that the tokens need not contradict it; of prompts that PEZ wrote, the word
+                that the images say was lost. Differences remember these phrases, as `metadata["lost_phrases"]`.
             prompt: describes the query, one for each image. Left out, it is written as `prompt_method` says.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
@@ -2498,7 +2558,8 @@ class DifferenceInversionPipeline(
             mask_image: where the query may change, white or true, and black or false where it stays to the pixel: an image,
                 a matrix, or a list of one for each query, of any size. `"auto"` takes the places in which the difference changes
                 most of what the UNet sees.
-            height: of the answer, in pixels; the query's own by default, in whole latents.
+            height: of the answer, in pixels, and of the pair that is learned from; by default their own, in whole
+                latents.
             width: likewise.
             num_tokens: rows to learn.
             num_optimization_steps: steps of learning.
@@ -2552,6 +2613,7 @@ class DifferenceInversionPipeline(
             height,
             width,
             num_inference_steps,
+            guidance_scale,
             inversion,
             strength,
             eta,
@@ -2587,7 +2649,7 @@ class DifferenceInversionPipeline(
             raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
         if learns:
             self.check_learning_inputs(
-                before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings
+                before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
             )
         elif difference is not None:
             difference = self._resolve_difference(difference, difference_scale)
@@ -2613,7 +2675,7 @@ class DifferenceInversionPipeline(
         applied = difference
         if learns:
             comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
-            pairs, pair_size = (befores, afters, *pair_prompts), self._common_size(befores, "before", None, None)
+            pairs, pair_size = (befores, afters, *pair_prompts), self._common_size(befores, "before", height, width)
             difference = self._learn(*pairs, comparable, pair_size, settings, generator, callback_on_optimization_step)
             applied = self._resolve_difference(difference, difference_scale)
         self._interrupt = False

@@ -80,6 +80,15 @@ def test_differences_for_different_numbers_of_text_encoders_do_not_add(tokens):
         tokens + other
 
 
+def test_differences_of_other_widths_do_not_add(tokens):
+    with pytest.raises(ValueError, match="different base models"):
+        DifferenceTokens({"<cat>": torch.ones(1, 8)}) + DifferenceTokens({"<dog>": torch.ones(1, 4)})
+
+
+def test_a_number_in_a_name_is_no_ending(tokens, tmp_path):
+    assert tokens.save(tmp_path / "castle_0.7").name == "castle_0.7.safetensors"
+
+
 def test_to_gives_a_copy_in_another_type(tokens):
     half = tokens.to(dtype=torch.float16)
     assert rows_of(half).dtype == torch.float16

@@ -255,6 +255,15 @@ def test_tokens_that_no_prompt_explains_begin_at_the_word_for_what_changed(story
     assert storybook.tokenizer.decode(torch.cdist(row[None], table).argmin()).strip() == value
 
 
+@pytest.mark.parametrize("kind, value, lost", [("sky", "night", "day"), ("subject", "tent", "castle")])
+def test_prompts_of_pez_take_what_was_gained_and_what_was_lost_from_the_pictures(storybook, kind, value, lost):
+    before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
+    pair = {"before": render(before), "after": render(dataclasses.replace(before, **{kind: value}))}
+    options = {"prompt_method": "pez", "prompt_kwargs": {"num_steps": 20}, "num_optimization_steps": 1}
+    difference = storybook.invert_difference(**pair, **options, generator=torch.Generator().manual_seed(0))
+    assert [difference.metadata[f"{side}_phrases"] for side in ("lost", "gained")] == [lost, value]
+
+
 def test_words_are_kept_although_their_way_back_is_worse_than_that_of_no_tokens(storybook):
     """A word of A' that is negated draws A worse than zeros do, and zeros change nothing."""
     before = Scene("cabin", "yellow", "snow", "night", "rainbow", "painting", 0.38, 0.47, 0.65)

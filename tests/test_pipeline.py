@@ -32,6 +32,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
@@ -66,7 +67,7 @@ def draw(pipe, **options) -> torch.Tensor:
 
 @torch.no_grad()
 def latents_of(pipe, image) -> torch.Tensor:
-    pixels = pipe.image_processor.preprocess(image)
+    pixels = pipe.image_processor.preprocess(image).to(pipe.vae.dtype)
     return pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
 
 
@@ -113,6 +114,27 @@ def test_a_difference_of_zero_gives_the_query_back(either_pipe, guidance_scale):
     torch.testing.assert_close(none, expected, atol=1e-4, rtol=1e-4)
     some = apply(pipe, difference_scale=1, guidance_scale=guidance_scale)
     assert (some - expected).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"set_alpha_to_one": True}, {"steps_offset": 0}, {"set_alpha_to_one": True, "timestep_spacing": "trailing"}],
+    ids=str,
+)
+def test_a_difference_of_zero_gives_the_query_back_whatever_the_schedule_ends_with(pipe, settings):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **settings)
+    expected = latents_of(pipe, picture("blue"))
+    torch.testing.assert_close(apply(pipe, difference_scale=0), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float16, 0.005), (torch.bfloat16, 0.02)])
+def test_a_difference_of_zero_gives_the_query_back_in_half_precision(pipe, dtype, error):
+    """The errors were 0.0012 and 0.0052, of latents that spread by 0.26."""
+    pipe.to(dtype)
+    expected = latents_of(pipe, picture("blue"))
+    none = apply(pipe, difference_scale=0, num_inference_steps=20)
+    assert none.dtype == dtype
+    assert (none.float() - expected.float()).square().mean().sqrt() < error
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 7.0])
@@ -967,7 +989,21 @@ BAD_APPLYING = {
     "two masks for one image": ({"mask_image": [picture(), picture()]}, ValueError, "`mask_image`.*2 masks.*1"),
     "no steps": ({"num_inference_steps": 0}, ValueError, "`num_inference_steps`.*0"),
     "too many steps": ({"num_inference_steps": 1000}, ValueError, "`num_inference_steps`.*1000"),
-    "half a step": ({"num_inference_steps": 2.5}, ValueError, "`num_inference_steps`.*2.5"),
+    "half a step": ({"num_inference_steps": 2.5}, ValueError, "`num_inference_steps`.*2.5.*whole"),
+    "a scale that is no number": ({"difference_scale": float("nan")}, ValueError, "`difference_scale`.*nan.*finite"),
+    "no scale": ({"difference_scale": None}, ValueError, "`difference_scale`.*None.*finite"),
+    "guidance without end": ({"guidance_scale": float("inf")}, ValueError, "`guidance_scale`.*inf.*finite"),
+    "next to no noise for ddpm": ({"eta": 1e-4}, ValueError, "`eta` is 0.0001.*at least 0.01"),
+    "an array of 0.0 to 255.0": (
+        {"image": np.full((SIDE, SIDE, 3), 255.0)},
+        ValueError,
+        "`image`.*up to 255.*end at 1",
+    ),
+    "a negative difference that is not finite": (
+        {"negative_difference": random_tokens() * float("nan")},
+        ValueError,
+        "`negative_difference`.*not finite",
+    ),
     "an unknown output_type": ({"output_type": "jpeg"}, ValueError, "`output_type`.*jpeg.*pil"),
     "a source_prompt of no image": ({"image": None, "source_prompt": "a"}, ValueError, "`source_prompt`.*`image`"),
     "an unknown inversion": ({"inversion": "magic"}, ValueError, "`inversion`.*magic.*ddim"),
@@ -1026,6 +1062,10 @@ BAD_LEARNING = {
     "a negative lambda_tc": ({"lambda_tc": -1.0}, ValueError, "`lambda_tc`.*-1"),
     "no loss at all": ({"lambda_clip": 0.0, "lambda_tc": 0.0}, ValueError, "`lambda_clip`.*`lambda_tc`"),
     "no steps": ({"num_optimization_steps": 0}, ValueError, "`num_optimization_steps`.*0"),
+    "steps in floating point": ({"num_optimization_steps": 1e1}, ValueError, "`num_optimization_steps`.*10.0.*whole"),
+    "tokens in floating point": ({"num_tokens": 4.0}, ValueError, "`num_tokens`.*4.0.*whole"),
+    "a weight that is no number": ({"lambda_clip": float("nan")}, ValueError, "`lambda_clip`.*nan.*finite"),
+    "a rate that is no number": ({"learning_rate": float("nan")}, ValueError, "`learning_rate`.*nan.*finite"),
     "no tokens": ({"num_tokens": 0}, ValueError, "`num_tokens`.*0"),
     "more tokens than fit": ({"num_tokens": 39}, ValueError, "`num_tokens`.*39.*38"),
     "no learning rate": ({"learning_rate": 0.0}, ValueError, "`learning_rate`"),
@@ -1049,6 +1089,28 @@ def test_what_cannot_be_learned_is_refused_by_name_before_any_model_runs(pipe, p
         with pytest.raises(error, match=message):
             pipe.invert_difference(**pair | {"num_optimization_steps": 1} | bad)
         assert not calls
+
+
+def test_learning_where_gradients_are_forbidden_is_refused_and_applying_is_not(pipe, pair):
+    with torch.inference_mode():
+        with forward_calls(*models_of(pipe)) as calls, pytest.raises(ValueError, match="`before`.*inference_mode"):
+            pipe.invert_difference(**pair)
+        assert not calls
+        assert apply(pipe).isfinite().all()
+
+
+def test_a_unet_for_inpainting_is_refused_by_name(pipe, pair):
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
+    for call in (lambda: apply(pipe), lambda: pipe.invert_difference(**pair)):
+        with pytest.raises(ValueError, match="`unet` has 9 input channels.*4.*inpainting"):
+            call()
+
+
+def test_height_and_width_are_the_pairs_size_too(pipe, pair):
+    options = {"image": picture("blue"), "prompt": "a", **pair, "num_optimization_steps": 1, "num_inference_steps": 1}
+    with forward_calls(pipe.vae.encoder) as calls:
+        pipe(**options, height=24, width=16)
+    assert [tuple(arguments[0].shape[-2:]) for _, arguments, *_ in calls] == [(24, 16)] * 3
 
 
 @pytest.mark.parametrize("bad, error, message", BAD_LEARNING.values(), ids=BAD_LEARNING)
@@ -1205,6 +1267,18 @@ def test_from_pipe_shares_the_weights_of_a_stock_pipeline(dtype, said, pair):
     pipe.set_progress_bar_config(disable=True)
     assert torch.isfinite(apply(pipe)).all()
     assert rows_of(pipe.invert_difference(**pair, num_optimization_steps=4, generator=seeded())).any()
+
+
+def test_from_pipe_of_an_offloaded_pipeline_is_offloaded_too(pair):
+    stock, own = stock_pipeline(), build_components()
+    stock.enable_model_cpu_offload(device="cpu")
+    clip = {name: own[name] for name in ("clip", "clip_processor")}
+    pipe = DifferenceInversionPipeline.from_pipe(stock, **clip)
+    pipe.set_progress_bar_config(disable=True)
+    with watched(pipe) as history:
+        assert rows_of(pipe.invert_difference(**pair, num_optimization_steps=2, generator=seeded())).any()
+    assert max(map(len, history)) == 1
+    assert stock("a", num_inference_steps=1).images
 
 
 @pytest.mark.parametrize("method", ["caption", "pez"])
