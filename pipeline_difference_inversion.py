@@ -2061,7 +2061,7 @@ class DifferenceInversionPipeline(
         """
         encoder = self._encoders_with_clip()[0]
         delta = self._image_delta(encoder.clip, befores, afters)
-        words = self._vocabulary_words(fewest_letters=3)
+        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
         if not delta.any() or not len(words):
             return [], []
         features = [self._clip_row_features(encoder, part[:, None]) for part in encoder.rows(words).split(1024)]
@@ -2096,12 +2096,12 @@ class DifferenceInversionPipeline(
         best = min(found, key=lambda word: found[word][0] - WORD_CONTRAST * found[word][1], default=None)
         return [] if best is None else [_written(self.tokenizer, [best])]
 
-    def _vocabulary_words(self, fewest_letters: int = 1) -> torch.Tensor:
+    def _vocabulary_words(self, fewest_letters: int = 1, but: frozenset[str] = frozenset()) -> torch.Tensor:
         """Ids of the vocabulary's whole words, which text of them gives back."""
         pattern = re.compile(f"[a-z]{{{fewest_letters},}}</w>")
         # Sorted, since the tokenizer gives them in another order each time.
         vocab = sorted((index, token) for token, index in self.tokenizer.get_vocab().items())
-        vocab = {token[:-4]: index for index, token in vocab if pattern.fullmatch(token)}
+        vocab = {token[:-4]: index for index, token in vocab if pattern.fullmatch(token) and token[:-4] not in but}
         read = self.tokenizer(list(vocab), add_special_tokens=False).input_ids if vocab else []
         words = [index for index, ids in zip(vocab.values(), read, strict=True) if ids == [index]]
         return torch.tensor(words, dtype=torch.long, device=self._execution_device)
