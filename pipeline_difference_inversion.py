@@ -1136,8 +1136,8 @@ class DifferenceInversionPipeline(
         if getattr(pipeline, "_all_hooks", []):
             built.enable_model_cpu_offload(device=pipeline._offload_device)
         elif not pipeline.hf_device_map:
-            for part in options.values():  # which the pipeline's own are likely to be elsewhere than
-                if isinstance(part, torch.nn.Module):
+            for part in options.values():  # which may still be where they were loaded
+                if isinstance(part, torch.nn.Module) and getattr(part, "hf_device_map", None) is None:
                     part.to(pipeline.device)
         return built
 
@@ -1969,16 +1969,8 @@ class DifferenceInversionPipeline(
             deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
             # 3. The tokens
             allowed = self._vocabulary_words() if hard else None
-            lost, gained = self._changed_phrases(examples) if comparable else ([], [])
-            room = settings.num_tokens if settings.init == "prompts" else 0
-            words = self._word_rows([] if hard else lost, gained, room, allowed)
-            unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
-            by_clip = settings.init == "clip" or unsaid
-            if by_clip or not comparable:
-                # The query's prompt is likely to have the word that PEZ's prompts do not agree on having lost.
-                seen_lost, seen = self._seen_words(examples, befores, afters, not comparable, generator)
-                lost, gained = lost or seen_lost, gained or seen
-                words = self._word_rows([], seen, num_tokens=1) if by_clip else words
+            pairs = (examples, befores, afters)
+            lost, gained, words = self._first_words(*pairs, comparable, settings, allowed, generator)
             if settings.learning_rate is None:
                 learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
                 settings = replace(settings, learning_rate=learning_rate)
@@ -2005,6 +1997,29 @@ class DifferenceInversionPipeline(
             story["token_ids"] = " ".join(map(str, allowed[nearest].tolist()))
         embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
         return DifferenceTokens(embeddings, self._metadata(story))
+
+    def _first_words(
+        self,
+        examples: list[_Example],
+        befores: list,
+        afters: list,
+        comparable: bool,
+        settings: _Settings,
+        allowed: Optional[torch.Tensor],
+        generator,
+    ) -> tuple[list[str], list[str], torch.Tensor]:
+        """What the pairs lost and what they gained, by their prompts or their images, and the rows that tokens begin as."""
+        lost, gained = self._changed_phrases(examples) if comparable else ([], [])
+        room = settings.num_tokens if settings.init == "prompts" else 0
+        words = self._word_rows([] if allowed is not None else lost, gained, room, allowed)
+        unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
+        by_images = settings.init == "clip" or unsaid
+        if by_images or not comparable:
+            # Prompts that do not agree on what was lost are likely to have the word for it, and the query's as well.
+            seen_lost, seen = self._seen_words(examples, befores, afters, not comparable, generator)
+            lost, gained = lost or seen_lost, gained or seen
+            words = self._word_rows([], seen, num_tokens=1) if by_images else words
+        return lost, gained, words
 
     def _metadata(self, story: dict[str, Any]) -> dict[str, str]:
         own = {
