@@ -162,14 +162,14 @@ def test_hard_prompts_of_several_images_are_those_of_each_alone(pipe):
 
 
 def test_hard_prompts_are_repeatable_and_as_long_as_asked(pipe):
-    options = {"num_tokens": 5, "num_steps": 5, "tolerance": None}
+    options = {"num_tokens": 5, "num_steps": 5, "tolerance": None, "num_revisions": 0}
     first, again, other = (pipe.hard_prompts(PICTURES[:1], **options, generator=seeded(s)) for s in (0, 0, 1))
     assert first == again != other
     assert len(first[0].split()) == 5
 
 
 def test_words_that_serve_nothing_are_left_out_of_hard_prompts(pipe):
-    options = {"num_tokens": 6, "num_steps": 1}  # of which few serve
+    options = {"num_tokens": 6, "num_steps": 1, "num_revisions": 0}  # words of which few serve
     whole, needed, one = (
         pipe.hard_prompts(PICTURES, **options, tolerance=tolerance, generator=seeded()) for tolerance in (None, 0, 2)
     )
@@ -179,6 +179,15 @@ def test_words_that_serve_nothing_are_left_out_of_hard_prompts(pipe):
         assert len(prompt.split()) < 6
         rest = iter(longer.split())
         assert all(word in rest for word in prompt.split())  # in the order that they had
+
+
+def test_revised_hard_prompts_keep_to_their_length_and_words(pipe):
+    options = {"num_tokens": 4, "num_steps": 5}
+    first, again = (pipe.hard_prompts(PICTURES, **options, num_revisions=3, generator=seeded()) for _ in range(2))
+    assert first == again != pipe.hard_prompts(PICTURES, **options, num_revisions=0, generator=seeded())
+    for prompt in first:
+        ids = pipe.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert 1 <= len(ids) == len(prompt.split()) <= 4
 
 
 def test_prompts_found_by_pez_describe_all_three_images(pipe):
@@ -242,6 +251,8 @@ def test_what_cannot_write_prompts_is_refused_before_any_model_runs(pipe, option
         ({"num_steps": 0}, "`num_steps` is 0"),
         ({"learning_rate": 0.0}, "`learning_rate` 0.0"),
         ({"tolerance": -0.1}, "`tolerance` is -0.1; .*0 to 2.*None"),
+        ({"num_revisions": -1}, "`num_revisions` is -1"),
+        ({"num_revisions": 1.5}, "`num_revisions` is 1.5.*whole"),
     ],
 )
 def test_hard_prompts_that_cannot_be_are_refused_by_name(pipe, options, message):
