@@ -104,7 +104,7 @@ RECIPES = {
     "captioner": Recipe(1600, 64, 1e-3),
     "instruct": Recipe(1150, 32, 3e-4),
     "clip_2": Recipe(3000, 64, 1e-3),
-    "unet_xl": Recipe(3000, 32, 4e-4),
+    "unet_xl": Recipe(2000, 32, 4e-4),
 }
 
 
