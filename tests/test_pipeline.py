@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from conftest import (
     PIPELINE_FILE,
     SIDE,
@@ -1299,6 +1300,37 @@ def test_offloaded_models_take_turns_on_the_device(pair, method):
     assert max(map(len, history)) == 1
     torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
     assert out.images[0].tobytes() == expected.images[0].tobytes()
+
+
+def offload_layers(pipe) -> None:
+    """Sequential offloading, on a processor alone: layers wait on "meta" and are brought to "cpu".
+
+    Diffusers says "cpu:0", at which accelerate makes of a parameter something else.
+    """
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    hooks = [getattr(part, "_hf_hook", None) for model in models for part in model.modules()]
+    for hook in hooks:
+        for each in getattr(hook, "hooks", [hook]):
+            if isinstance(each, AlignDevicesHook):
+                each.execution_device = torch.device("cpu")
+
+
+@pytest.mark.parametrize("method", ["caption", "pez"])
+def test_layers_that_are_offloaded_one_by_one_learn_and_draw_the_same(pair, method, tmp_path):
+    if method == "pez":
+        pair = {name: pair[name] for name in ("before", "after")} | {"prompt_kwargs": {"num_steps": 2}}
+    options = {"image": picture("blue"), "prompt": "a", **pair, "prompt_method": method}
+    options |= {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    plain, offloaded = build_pipeline(), build_pipeline()
+    expected = plain(**options, generator=seeded())
+    offload_layers(offloaded)
+    out = offloaded(**options, generator=seeded())
+    weights = [offloaded.unet.conv_in.weight, offloaded.text_encoder.get_input_embeddings().weight]
+    assert all(weight.is_meta for weight in weights)
+    torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
+    torch.testing.assert_close(out.images, expected.images)
+    assert offloaded.load_difference(expected.difference.save(tmp_path / "d")).metadata == expected.difference.metadata
 
 
 SAVERS = {
