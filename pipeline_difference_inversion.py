@@ -2418,9 +2418,8 @@ class DifferenceInversionPipeline(
                     guidance_scale = self._guidance_scale
                     known |= callback_on_step_end(self, i, t, wanted) or {}
                     if self._guidance_scale == 0 != guidance_scale:
-                        self._guidance_scale = (
-                            1.0  # diffusers' callbacks mean the prompt alone by 0, and not the baseline
-                        )
+                        # Diffusers' callbacks mean the prompt alone by 0, and not the baseline.
+                        self._guidance_scale = 1.0
                     latents = known["latents"]
                     condition = _Condition(*(known[name] for name in vars(condition)))
                     baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))

@@ -443,12 +443,17 @@ def test_a_lora_counts_in_drawing_and_in_learning_and_is_gone_when_it_is_unloade
 
     torch.manual_seed(8)
     plain = outcome()
-    pipe.load_lora_weights(random_lora(pipe), adapter_name="lora")
+    lora = random_lora(pipe)
+    pipe.load_lora_weights(lora, adapter_name="lora")
     adapted = outcome()
     pipe.unload_lora_weights()
     for before, during, after in zip(plain, adapted, outcome(), strict=True):
         assert (before - during).abs().max() > 1e-3
         torch.testing.assert_close(before, after)
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    for active, fused in zip(adapted, outcome(), strict=True):
+        torch.testing.assert_close(active, fused, atol=1e-3, rtol=1e-3)
 
 
 def test_learning_leaves_a_lora_trainable_as_it_was(pair):
