@@ -31,6 +31,7 @@ import difflib
 import hashlib
 import inspect
 import itertools
+import math
 import numbers
 import os
 import re
@@ -750,11 +751,30 @@ def first_of(generator: Union[torch.Generator, list[torch.Generator], None]) -> 
     return next(iter(generator), None) if isinstance(generator, list) else generator
 
 
-def check_number(name: str, value: Any, whole: bool = False) -> None:
-    """Raises `ValueError` for what is no finite number, or no whole one."""
-    if isinstance(value, numbers.Integral if whole else numbers.Real) and np.isfinite(value):
+def check_number(
+    name: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    whole: bool = False,
+    above: float = -math.inf,
+    meaning: str = "",
+) -> None:
+    """Raises `ValueError` for what is no finite number, or no whole one, or outside the range, which it names."""
+    if not isinstance(value, numbers.Integral if whole else numbers.Real) or not np.isfinite(value):
+        raise ValueError(f"`{name}` is {value!r}; it must be a {'whole' if whole else 'finite'} number.")
+    if least <= value <= most and value > above:
         return
-    raise ValueError(f"`{name}` is {value!r}; it must be a {'whole' if whole else 'finite'} number.")
+    least = f"above {above}" if math.isfinite(above) else f"at least {least}"
+    most = f" and at most {most}" if math.isfinite(most) else ""
+    raise ValueError(f"`{name}` is {value}; it must be {least}{most}{meaning and f': {meaning}'}.")
+
+
+def check_choice(name: str, value: Any, *choices: Any) -> None:
+    """Raises `ValueError` for what is none of the choices, which it names."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"`{name}` is {value!r}; it is {', '.join(others)} or {last}.")
 
 
 def as_list(value: Any) -> list:
@@ -1198,40 +1218,21 @@ class DifferenceInversionPipeline(
         self._check_prompt_method(prompt_method, prompt_kwargs)
         self._check_prompts("before_prompt", before_prompt, len(befores), prompt_method)
         self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
-        for name in ("num_optimization_steps", "num_tokens", "num_samples_per_step"):
-            check_number(name, getattr(settings, name), whole=True)
-        for name in ("alpha", "lambda_clip", "lambda_tc", "lambda_before"):
-            check_number(name, getattr(settings, name))
+        room = "the text encoder's window has room for no more"
+        check_number("num_tokens", settings.num_tokens, 1, self._room(), whole=True, meaning=room)
+        check_number("num_optimization_steps", settings.num_optimization_steps, 1, whole=True)
+        check_number("num_samples_per_step", settings.num_samples_per_step, 1, whole=True)
+        check_number("alpha", settings.alpha, 0, 1, meaning="from the images' delta to the captions'")
+        for name in ("lambda_clip", "lambda_tc", "lambda_before"):
+            check_number(name, getattr(settings, name), 0)
+        if settings.lambda_clip + settings.lambda_tc == 0:
+            raise ValueError(
+                "`lambda_clip` and `lambda_tc` are 0, and nothing would be learned; give one of them more."
+            )
         if settings.learning_rate is not None:
-            check_number("learning_rate", settings.learning_rate)
-        if not 0 <= settings.alpha <= 1:
-            raise ValueError(
-                f"`alpha` is {settings.alpha}; it goes from 0 (the images' delta) to 1 (the captions' delta)."
-            )
-        if settings.lambda_clip < 0 or settings.lambda_tc < 0 or settings.lambda_clip + settings.lambda_tc == 0:
-            raise ValueError(
-                f"`lambda_clip` is {settings.lambda_clip} and `lambda_tc` is {settings.lambda_tc}; both must be at least 0, "
-                "and one of them more."
-            )
-        if not settings.lambda_before >= 0:
-            raise ValueError(f"`lambda_before` is {settings.lambda_before}; it must be at least 0.")
-        if settings.num_optimization_steps < 1:
-            raise ValueError(f"`num_optimization_steps` is {settings.num_optimization_steps}; it must be at least 1.")
-        room = self._room()
-        if not 1 <= settings.num_tokens <= room:
-            raise ValueError(
-                f"`num_tokens` is {settings.num_tokens}; the text encoder's window has room for 1 to {room}."
-            )
-        if settings.num_samples_per_step < 1:
-            raise ValueError(f"`num_samples_per_step` is {settings.num_samples_per_step}; it must be at least 1.")
-        if settings.learning_rate is not None and settings.learning_rate <= 0:
-            raise ValueError(f"`learning_rate` is {settings.learning_rate}; it must be above 0.")
-        if settings.init not in ("prompts", "clip", "random", "zeros"):
-            raise ValueError(
-                f"`init` is {settings.init!r}; it is 'prompts', 'clip', 'random' or 'zeros' (the paper's)."
-            )
-        if settings.projection not in ("soft", "hard"):
-            raise ValueError(f"`projection` is {settings.projection!r}; it is 'soft' (any rows) or 'hard' (words).")
+            check_number("learning_rate", settings.learning_rate, above=0)
+        check_choice("init", settings.init, "prompts", "clip", "random", "zeros")
+        check_choice("projection", settings.projection, "soft", "hard")
         if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(
                 "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x, "
@@ -1273,8 +1274,7 @@ class DifferenceInversionPipeline(
                 )
 
     def _check_prompt_method(self, method: str, options: Optional[dict]) -> None:
-        if method not in ("caption", "pez"):
-            raise ValueError(f"`prompt_method` is {method!r}; it is 'caption' or 'pez'.")
+        check_choice("prompt_method", method, "caption", "pez")
         write = self.hard_prompts if method == "pez" else self.caption
         known = [name for name in inspect.signature(write).parameters if name not in ("images", "generator")]
         unknown = [name for name in options or {} if name not in known]
@@ -1291,17 +1291,12 @@ class DifferenceInversionPipeline(
         tolerance: Optional[float] = None,
         num_revisions: int = 0,
     ) -> None:
-        if not 1 <= num_tokens <= self._room():
-            raise ValueError(f"`num_tokens` of a hard prompt is {num_tokens}; there is room for 1 to {self._room()}.")
-        if num_steps < 1 or learning_rate <= 0:
-            raise ValueError(
-                f"`num_steps` is {num_steps} and `learning_rate` {learning_rate}; both must be above 0 for a hard prompt."
-            )
-        check_number("num_revisions", num_revisions, whole=True)
-        if num_revisions < 0:
-            raise ValueError(f"`num_revisions` is {num_revisions}; it must be at least 0.")
-        if tolerance is not None and not 0 <= tolerance <= 2:
-            raise ValueError(f"`tolerance` is {tolerance}; it is a cosine from 0 to 2, or `None` to keep all words.")
+        check_number("num_tokens", num_tokens, 1, self._room(), whole=True, meaning="words of a hard prompt")
+        check_number("num_steps", num_steps, 1, whole=True)
+        check_number("learning_rate", learning_rate, above=0)
+        check_number("num_revisions", num_revisions, 0, whole=True)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, 0, 2, meaning="a cosine, or `None` to keep all words")
 
     def _check_captioner(self, complaint: str = "There is no captioner to describe `images`: load") -> None:
         if self.captioner is None or self.captioner_processor is None:
@@ -1322,11 +1317,14 @@ class DifferenceInversionPipeline(
     def check_inputs(
         self,
         image,
+        before,
+        after,
         prompt,
         source_prompt,
         negative_prompt,
         difference,
         difference_scale,
+        negative_difference,
         height,
         width,
         num_inference_steps,
@@ -1339,9 +1337,9 @@ class DifferenceInversionPipeline(
         latents,
         output_type,
         callback_on_step_end_tensor_inputs,
-        mask_image=None,
-        prompt_method="caption",
-        prompt_kwargs=None,
+        mask_image,
+        prompt_method,
+        prompt_kwargs,
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that applying could not use."""
         self._check_model()
@@ -1364,51 +1362,54 @@ class DifferenceInversionPipeline(
         for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            check_number(name, value, whole=True)
+        most_steps = self.scheduler.config.num_train_timesteps - 1
+        check_number("num_inference_steps", num_inference_steps, 1, most_steps, whole=True)
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
+        check_number("strength", strength, most=1, above=0)
         for scale in difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale]:
             check_number("difference_scale", scale)
         if guidance_scale is not None:
             check_number("guidance_scale", guidance_scale)
-        most_steps = self.scheduler.config.num_train_timesteps - 1
-        if not 1 <= num_inference_steps <= most_steps:
-            raise ValueError(f"`num_inference_steps` is {num_inference_steps}; it goes from 1 to {most_steps}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` is {output_type!r}; it is 'pil', 'np', 'pt' or 'latent'.")
+        if eta is not None:
+            check_number("eta", eta, 0, 1, meaning="from DDIM to DDPM")
+        check_choice("output_type", output_type, "pil", "np", "pt", "latent")
+        check_choice("inversion", inversion, "ddpm", "ddim", "sdedit", None)
         if source_prompt is not None and image is None:
             raise ValueError("`source_prompt` describes a query image, and `image` is missing.")
-        if inversion not in ("ddpm", "ddim", "sdedit", None):
-            raise ValueError(f"`inversion` is {inversion!r}; it is 'ddpm', 'ddim', 'sdedit' or None.")
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` is {strength}; it must be above 0 and at most 1.")
-        if eta is not None and not 0 <= eta <= 1:
-            raise ValueError(f"`eta` is {eta}; it goes from 0 (deterministic) to 1.")
         if eta is not None and eta < LEAST_DDPM_ETA and inversion == "ddpm" and image is not None:
             raise ValueError(
                 f'`eta` is {eta}, and the query is held by the noises of `inversion="ddpm"`; give at least '
                 f'{LEAST_DDPM_ETA}, or `inversion="ddim"`.'
             )
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}; it must be at least 1.")
-        if isinstance(generator, list) and len(generator) != count * num_images_per_prompt:
-            raise ValueError(f"`generator` is a list of {len(generator)} for {count * num_images_per_prompt} images.")
-        if latents is not None and inversion is not None and image is not None:
-            raise ValueError("`latents` were given and `image` would be inverted to others; set `inversion=None`.")
-        shape = self._latents_shape(count * num_images_per_prompt, size)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
+        batch_size = count * num_images_per_prompt
+        self._check_noise(generator, latents, batch_size, size, inverted=inversion is not None and image is not None)
         known = [name for name in self._callback_tensor_inputs if self.text_encoder_2 or "pooled" not in name]
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in known]
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; known are {known}.")
         if mask_image is not None:
             self._check_mask(mask_image, images, inversion)
+        learns = before is not None or after is not None
+        by_words_alone = image is not None and prompt is not None and source_prompt is not None
+        if difference is None and negative_difference is None and not learns and not by_words_alone:
+            raise ValueError(
+                "`difference` is missing: give difference tokens or a difference file, or a pair of images "
+                "`before` and `after` to learn it from."
+            )
+        if difference is not None and learns:
+            raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
         count = len(difference) if isinstance(difference, (list, tuple)) else 1
         if isinstance(difference_scale, (list, tuple)) and len(difference_scale) != count:
             raise ValueError(f"`difference_scale` has {len(difference_scale)} scales for {count} differences.")
+
+    def _check_noise(self, generator, latents, batch_size: int, size: tuple[int, int], inverted: bool) -> None:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} images.")
+        if latents is not None and inverted:
+            raise ValueError("`latents` were given and `image` would be inverted to others; set `inversion=None`.")
+        shape = self._latents_shape(batch_size, size)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
 
     def _check_mask(self, mask_image, images: list, inversion: Optional[str]) -> None:
         if not images or inversion is None:
@@ -1746,6 +1747,19 @@ class DifferenceInversionPipeline(
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(self.unet.dtype))
 
+    def _read(self, tokenizer: CLIPTokenizer, prompt: str) -> list[int]:
+        """All tokens of a prompt, in which the name of a textual inversion of several vectors stands for each of them."""
+        # Called, the tokenizer would warn that the model cannot take so many.
+        return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(self.maybe_convert_prompt(prompt, tokenizer)))
+
+    def _warn_of_long_prompts(self, prompts: Sequence[str], num_rows: int) -> None:
+        """Says what of the prompts the text encoder's window has no room for, beside the rows."""
+        for prompt in dict.fromkeys(prompts):
+            words, room = self._read(self.tokenizer, prompt), self._room() - num_rows
+            if len(words) > room:
+                lost = _written(self.tokenizer, words[room:])
+                logger.warning("The prompt %r is shortened to %d tokens, and loses %r.", prompt, room, lost)
+
     def _place_rows(
         self,
         tokenizer: CLIPTokenizer,
@@ -1764,12 +1778,9 @@ class DifferenceInversionPipeline(
         input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
         slots = torch.zeros((len(prompts), length), dtype=torch.bool)
         for line, prompt in enumerate(prompts):
-            prompt = self.maybe_convert_prompt(prompt, tokenizer)  # a textual inversion of several vectors
-            words = tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=length).input_ids
+            words = self._read(tokenizer, prompt)
             if vocab_size is not None:
                 words = [word for word in words if word < vocab_size]
-            if len(words) > room:
-                logger.info("The prompt %r has %d tokens and is shortened to %d.", prompt, len(words), room)
             # The start token stands in for the rows: CLIP looks for the end token to pool at, and must find the end.
             places = [tokenizer.bos_token_id] * num_rows
             ids = [tokenizer.bos_token_id, *words[:room], *places, tokenizer.eos_token_id]
@@ -1783,8 +1794,8 @@ class DifferenceInversionPipeline(
         """The size that all of a batch is brought to: what is asked for, else the first image's, in whole latents."""
         factor = self.vae_scale_factor
         for side, value in (("height", height), ("width", width)):
-            if value is not None and value < factor:
-                raise ValueError(f"`{side}` is {value}; it must be at least {factor}.")
+            if value is not None:
+                check_number(side, value, factor, whole=True)
         native = (self.unet.config.sample_size * factor,) * 2
         own = image_size(flatten_image(images[0], name)) if images else native
         size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
@@ -1950,9 +1961,9 @@ class DifferenceInversionPipeline(
                 paper has 1; at 0 a step needs half the UNet's work.
             init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, or, if it has only
                 lost some, as those, negated. `"clip"`: as the word that CLIP and the UNet see in the images' change,
-                whatever the prompts say, for which CLIP reads its whole vocabulary; `"prompts"` does likewise where they do not differ, if `lambda_clip` is not
-                0. Rows without a word are random. `"random"`: three times as far out as the vocabulary's rows.
-                `"zeros"`: the paper's, section 4.4, which worked less well here.
+                whatever the prompts say, for which CLIP reads its whole vocabulary; `"prompts"` does likewise where they
+                do not differ, if `lambda_clip` is not 0. Rows without a word are random. `"random"`: three times as far
+                out as the vocabulary's rows. `"zeros"`: the paper's, section 4.4, which worked less well here.
             projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
                 pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
                 words there are no more of them than it found. They can hardly say that something has gone.
@@ -2013,6 +2024,7 @@ class DifferenceInversionPipeline(
             after_latents = self._encode_images(afters, "after", size).float().split(1)
             parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
             examples = [_Example(*part) for part in parts]
+            self._warn_of_long_prompts([*before_prompts, *after_prompts], settings.num_tokens)
             # 2. What CLIP says has changed
             deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
             # 3. The tokens
@@ -2453,6 +2465,7 @@ class DifferenceInversionPipeline(
         if replace_phrases:
             prompts = self._replaced(prompts, difference)
         rows = self._rows(difference).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
+        self._warn_of_long_prompts([*prompts, *source_prompts], rows.shape[1])
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
         zeros = torch.zeros_like(rows)
         negative_rows = zeros
@@ -2674,11 +2687,14 @@ class DifferenceInversionPipeline(
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             image,
+            before,
+            after,
             prompt,
             source_prompt,
             negative_prompt,
             difference,
             difference_scale,
+            negative_difference,
             height,
             width,
             num_inference_steps,
@@ -2708,14 +2724,6 @@ class DifferenceInversionPipeline(
             num_samples_per_step,
         )
         learns = before is not None or after is not None
-        by_words_alone = image is not None and prompt is not None and source_prompt is not None
-        if difference is None and negative_difference is None and not learns and not by_words_alone:
-            raise ValueError(
-                "`difference` is missing: give difference tokens or a difference file, or a pair of images "
-                "`before` and `after` to learn it from."
-            )
-        if difference is not None and learns:
-            raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
         if learns:
             self.check_learning_inputs(
                 before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width

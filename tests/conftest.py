@@ -275,7 +275,7 @@ def logged(name: str = "pipeline_difference_inversion"):
     logger = logging.getLogger(name)
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING)  # what users see who set nothing
     try:
         yield lines
     finally:

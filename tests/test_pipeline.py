@@ -361,9 +361,17 @@ def test_a_caption_of_500_words_does_not_push_the_difference_out(pipe):
 
 
 def test_shortening_a_prompt_is_said(pipe):
+    long = "a red cabin on snow " * 9 + "at night"
     with logged() as lines:
-        apply(pipe, prompt="a red cabin on snow " * 20)
-    assert any("shortened" in line for line in lines)
+        apply(pipe, prompt=long)
+    assert [
+        line
+        for line in lines
+        if "shortened" in line and line.endswith("'red cabin on snow a red cabin on snow at night'.")
+    ]
+    with logged() as lines:
+        pipe.invert_difference(picture("red"), picture("blue"), long, "a boat", num_optimization_steps=2)
+    assert len([line for line in lines if "shortened" in line]) == 1
     with logged() as lines:
         apply(pipe, prompt="a red cabin on snow")
     assert not any("shortened" in line for line in lines)

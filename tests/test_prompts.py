@@ -246,11 +246,11 @@ def test_what_cannot_write_prompts_is_refused_before_any_model_runs(pipe, option
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_tokens": 0}, "`num_tokens`.*0.*1 to 38"),
-        ({"num_tokens": 39}, "`num_tokens`.*39.*1 to 38"),
+        ({"num_tokens": 0}, "`num_tokens` is 0.*at most 38"),
+        ({"num_tokens": 39}, "`num_tokens` is 39.*at most 38"),
         ({"num_steps": 0}, "`num_steps` is 0"),
-        ({"learning_rate": 0.0}, "`learning_rate` 0.0"),
-        ({"tolerance": -0.1}, "`tolerance` is -0.1; .*0 to 2.*None"),
+        ({"learning_rate": 0.0}, "`learning_rate` is 0.0.*above 0"),
+        ({"tolerance": -0.1}, "`tolerance` is -0.1; .*at least 0 and at most 2.*None"),
         ({"num_revisions": -1}, "`num_revisions` is -1"),
         ({"num_revisions": 1.5}, "`num_revisions` is 1.5.*whole"),
     ],
