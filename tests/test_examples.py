@@ -147,7 +147,7 @@ def test_instruct_pix2pix_starts_as_storybook_and_learns_to_look_at_the_picture(
     assert unet.conv_in.weight.grad[:, 4:].any()
 
 
-def test_visii_makes_of_a_caption_an_instruction_that_draws_after_from_before_better(storybook, tmp_path):
+def test_visii_makes_of_a_prompt_an_instruction_that_draws_after_from_before_better(storybook, tmp_path):
     build_instruct_unet(SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))).save_pretrained(tmp_path)
     instruct = load_instruct(storybook, tmp_path)
     before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
@@ -176,7 +176,6 @@ def test_visii_makes_of_a_caption_an_instruction_that_draws_after_from_before_be
     "given, missing",
     [
         (["--visii"], "--instruct"),
-        (["--visii", "--instruct", "folder", "--unsaid"], "--unsaid"),
         (["--others-only", "--paper"], "--paper"),
     ],
 )

@@ -62,15 +62,15 @@ def visii_instruction(
 ) -> torch.Tensor:
     """The instruction that turns `before` into `after`, learned as VISII does (Nguyen et al. 2023, section 3).
 
-    The text encoder's output begins as that of the caption of `after`, where the paper has a prompt found by PEZ.
-    InstructPix2Pix is to draw `after` from `before` with it, and CLIP's projection of its end token is to point where the
-    pictures do. In 1000 steps each time step comes once.
+    The text encoder's output begins as that of the words which PEZ finds for `after`. InstructPix2Pix is to draw `after`
+    from `before` with it, and CLIP's projection of its end token is to point where the pictures do. In 1000 steps each
+    time step comes once.
 
     Returns:
         `torch.Tensor`: prompt embeddings, (1, tokens, dim).
     """
-    (caption,) = pipe.caption([after])
-    ids = pipe.tokenizer([caption], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    words = pipe.hard_prompts([after], tolerance=None, num_revisions=0, generator=generator)  # PEZ's own
+    ids = pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
     end = int((ids[0] == pipe.tokenizer.eos_token_id).nonzero()[0])
     with torch.no_grad():
         learned = pipe.text_encoder(ids.to(pipe.device))[0]

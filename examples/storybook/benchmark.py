@@ -329,8 +329,6 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.visii and not options.instruct:
         parser.error("--visii learns an instruction for the UNet of --instruct; give that too")
-    if options.visii and options.unsaid:
-        parser.error("--visii begins at the captioner's words, which say what --unsaid leaves out")
     if options.others_only and (options.config or options.paper):
         parser.error("--others-only leaves out what --config and --paper ask for")
     configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
