@@ -30,7 +30,6 @@ import datetime
 import difflib
 import hashlib
 import inspect
-import itertools
 import math
 import numbers
 import os
@@ -40,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -60,6 +59,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin, StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -108,6 +108,7 @@ FUNCTION_WORDS = frozenset(
 # its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
 # that they break, and learn what is in it instead of what changed.
 RANDOM_INIT_SCALE = 3.0
+PROMPT_ARGUMENTS = ("images", "height", "width", "generator")  # of what writes prompts, which a call has of its own
 QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
 # Words are nearly there, and steps that take random rows to their place in time lead them away from theirs.
 LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 1e-3
@@ -283,7 +284,7 @@ def common_phrases(phrases: Sequence[list[str]]) -> list[str]:
     words = [set(" ".join(line).split()) for line in phrases]
     common = []
     for phrase in phrases[0]:
-        runs = itertools.groupby(phrase.split(), key=lambda word: all(word in w for w in words))
+        runs = groupby(phrase.split(), key=lambda word: all(word in w for w in words))
         common += [list(run) for everywhere, run in runs if everywhere]
     return [" ".join(run) for run in common if any(map(_says_something, run))]
 
@@ -530,11 +531,11 @@ class DifferenceTokens:
             The address of the commit.
         """
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, before, after, repo_id)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
@@ -731,17 +732,21 @@ def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.T
 def frozen(*modules: Optional[torch.nn.Module]) -> Iterator[None]:
     """While open, the modules are in evaluation mode and want no gradients; afterwards they are as they were."""
     modules = [module for module in modules if module is not None]
-    wanted_grad = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    was_training = [part for module in modules for part in module.modules() if part.training]
+    parts = [part for module in modules for part in module.modules()]
+    was_training = [part for part in parts if part.training]
+    # By place: offloading layer by layer puts other parameters there.
+    wanted_grad = [
+        (part, name) for part in parts for name, p in part._parameters.items() if p is not None and p.requires_grad
+    ]
     try:
         for module in modules:
             module.eval()
-        for parameter in wanted_grad:
-            parameter.requires_grad_(False)
+        for part, name in wanted_grad:
+            part._parameters[name].requires_grad_(False)
         yield
     finally:
-        for parameter in wanted_grad:
-            parameter.requires_grad_(True)
+        for part, name in wanted_grad:
+            part._parameters[name].requires_grad_(True)
         for part in was_training:
             part.training = True
 
@@ -777,15 +782,19 @@ def check_choice(name: str, value: Any, *choices: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}; it is {', '.join(others)} or {last}.")
 
 
+def check_gradients(name: str, why: str) -> None:
+    """Raises `ValueError` where gradients cannot be had."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"`{name}` {why}, which `torch.inference_mode` forbids; `torch.no_grad` does not.")
+
+
 def as_list(value: Any) -> list:
     """One thing or several, as a list; batched arrays and tensors are taken apart."""
-    if isinstance(value, (list, tuple)):
-        return [item for part in value for item in (as_list(part) if _is_batch(part) else [part])]
-    return list(value) if _is_batch(value) else [value]
-
-
-def _is_batch(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4
+    items = []
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        is_batch = isinstance(part, (np.ndarray, torch.Tensor)) and part.ndim == 4
+        items.extend(part if is_batch else [part])  # not +=, which arrays and tensors take for a sum
+    return items
 
 
 def flatten_image(image: Any, name: str, background: str = "white") -> Any:
@@ -806,10 +815,8 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    if image.mode.startswith("I;16"):
-        image = (
-            image.convert("I").point(lambda value: value / 256).convert("L")
-        )  # Pillow alone would cut it off at 255
+    if image.mode.startswith("I;16"):  # which Pillow alone would cut off at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     return image.convert("RGB")
 
 
@@ -824,14 +831,16 @@ def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
         raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
     if channels and image.dtype == np.uint8:
         return flatten_image(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), name)
-    if (np.issubdtype(image.dtype, np.floating) if channels else image.is_floating_point()) and image.max() > 1.01:
-        raise ValueError(f"`{name}` has values up to {image.max():g}; of floating-point pictures they end at 1.")
+    is_floating = np.issubdtype(image.dtype, np.floating) if channels else image.is_floating_point()
+    scale = 1 if is_floating or image.dtype in (np.bool_, torch.bool) else 255
+    highest = float(image.max())
+    if highest > (1.01 if is_floating else scale):
+        kind = "floating-point pictures" if is_floating else "pictures in whole numbers"
+        raise ValueError(f"`{name}` has values up to {highest:g}; of {kind} they end at {scale}.")
     if channels:
-        scale = 1 if image.dtype == np.bool_ or np.issubdtype(image.dtype, np.floating) else 255
         image = np.repeat(image, 3 // image.shape[-1], axis=-1).astype(np.float32) / scale
     else:
-        scale = 1 if image.dtype == torch.bool or image.is_floating_point() else 255
-        image = (image.float() if not image.is_floating_point() else image).expand(3, -1, -1) / scale
+        image = (image if is_floating else image.float()).expand(3, -1, -1) / scale
     return image[None]  # [1, height, width, 3] or [1, 3, height, width]
 
 
@@ -844,7 +853,7 @@ def as_masks(masks: Any, count: int) -> list:
 
 
 def flatten_mask(mask: Any) -> Any:
-    """The same for masks, transparency on black; they may also be matrices (height, width) of truths or of numbers."""
+    """As `flatten_image`, for masks: transparency on black; matrices (height, width) of truths or numbers are taken too."""
     if isinstance(mask, Image.Image) and mask.mode in ("F", "I"):
         mask = np.asarray(mask)
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
@@ -920,9 +929,6 @@ class _Example:
     after_latents: torch.Tensor
     before_prompt: str
     after_prompt: str
-
-    def reversed(self) -> "_Example":
-        return _Example(self.after_latents, self.before_latents, self.after_prompt, self.before_prompt)
 
 
 @dataclass
@@ -1123,6 +1129,27 @@ class DifferenceInversionPipeline(
             if any(hook.model is model for model in models):
                 hook.model.to(self._execution_device)
 
+    def enable_group_offload(self, *arguments, **options) -> None:
+        """Diffusers' own; in blocks CLIP and the captioner stay on the device, since a block is fetched by a model's
+        `forward`, and these are called by other methods."""
+        given = inspect.signature(super().enable_group_offload).bind(*arguments, **options)
+        given.apply_defaults()
+        given = given.arguments
+        if getattr(given["offload_type"], "value", given["offload_type"]) == "block_level":
+            excluded = given["exclude_modules"] or []
+            excluded = [excluded] if isinstance(excluded, str) else excluded
+            given["exclude_modules"] = [*excluded, "clip", "clip_2", "captioner"]
+        super().enable_group_offload(**given)
+
+    @contextmanager
+    def _weights_kept(self) -> Iterator[None]:
+        """While open, backward finds the weights that forward saw, though group offloading puts others in their place."""
+        if not self._maybe_raise_error_if_group_offload_active():
+            yield
+            return
+        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda kept: kept):
+            yield
+
     def _without_graph(self, function: Callable, *inputs: Any) -> Any:
         """A function of models that have left the device when backward needs them: where models are moved, it is called
         again then."""
@@ -1160,7 +1187,7 @@ class DifferenceInversionPipeline(
         elif not pipeline.hf_device_map:
             for part in options.values():  # which may still be where they were loaded
                 if isinstance(part, torch.nn.Module) and getattr(part, "hf_device_map", None) is None:
-                    part.to(pipeline.device)
+                    part.to(pipeline._execution_device)
         return built
 
     @classmethod
@@ -1179,11 +1206,17 @@ class DifferenceInversionPipeline(
             )
         if self.text_encoder is None:
             raise ValueError("`text_encoder` is missing; SDXL's refiner has none, and its base model is what to load.")
-        if self.unet.config.get("addition_embed_type") == "text_time" and None in (
-            self.text_encoder_2,
-            self.tokenizer_2,
-        ):
+        is_xl = self.unet.config.get("addition_embed_type") == "text_time"
+        if is_xl and None in (self.text_encoder_2, self.tokenizer_2):
             raise ValueError("`text_encoder_2` or `tokenizer_2` is missing: SDXL's UNet needs both text encoders.")
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        known = prediction_type in ("epsilon", "v_prediction", "sample")
+        if "beta_schedule" not in self.scheduler.config or not known:
+            raise ValueError(
+                f"`scheduler` is {type(self.scheduler).__name__} with prediction_type {prediction_type!r}: this pipeline "
+                "is for models that were trained to predict noise, velocity or latents on a schedule of betas, as "
+                "Stable Diffusion 1.x, 2.x and SDXL were."
+            )
 
     def check_learning_inputs(
         self,
@@ -1199,8 +1232,7 @@ class DifferenceInversionPipeline(
     ) -> None:
         """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
         self._check_model()
-        if torch.is_inference_mode_enabled():
-            raise ValueError("`before` and `after` are to be learned from, which `torch.inference_mode` forbids.")
+        check_gradients("before", "and `after` are to be learned from by gradients")
         if before is None or after is None:
             missing = "before" if before is None else "after"
             raise ValueError(
@@ -1233,11 +1265,6 @@ class DifferenceInversionPipeline(
             check_number("learning_rate", settings.learning_rate, above=0)
         check_choice("init", settings.init, "prompts", "clip", "random", "zeros")
         check_choice("projection", settings.projection, "soft", "hard")
-        if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                "`scheduler` predicts neither noise, velocity nor latents: this pipeline is for Stable Diffusion 1.x, "
-                f"2.x and SDXL, and its prediction_type is {self.scheduler.config.prediction_type!r}."
-            )
         if settings.lambda_clip > 0:
             self._check_clip("learn with `lambda_clip=0`")
         elif settings.init == "clip":
@@ -1251,19 +1278,15 @@ class DifferenceInversionPipeline(
             else f"`{e.clip_name}=` the CLIP whose text tower is this text encoder (width {e.width})"
             for e in encoders
         }
-        for name, present in (
-            ("clip", bool(self._encoders_with_clip())),
-            ("clip_processor", self.clip_processor is not None),
-        ):
-            if not present:
-                raise ValueError(
-                    f"`{name}` is missing: learning compares the images by CLIP. For this base model give "
-                    f"{' or '.join(remedies.values())} and `clip_processor=`, its `CLIPProcessor`, to "
-                    f"`from_pretrained`, or {way_out}."
-                )
-        for encoder in encoders:
-            if encoder.clip is None:
-                continue
+        present = self._encoders_with_clip()
+        if not present or self.clip_processor is None:
+            name = "clip_processor" if present else "clip"
+            raise ValueError(
+                f"`{name}` is missing: learning compares the images by CLIP. For this base model give "
+                f"{' or '.join(remedies.values())} and `clip_processor=`, its `CLIPProcessor`, to "
+                f"`from_pretrained`, or {way_out}."
+            )
+        for encoder in present:
             table = embedding_table(encoder.clip.text_model.embeddings.token_embedding)
             if not same_embeddings(table, encoder.table):
                 others = [e.clip_name for e in encoders if same_embeddings(table, e.table)]
@@ -1276,7 +1299,7 @@ class DifferenceInversionPipeline(
     def _check_prompt_method(self, method: str, options: Optional[dict]) -> None:
         check_choice("prompt_method", method, "caption", "pez")
         write = self.hard_prompts if method == "pez" else self.caption
-        known = [name for name in inspect.signature(write).parameters if name not in ("images", "generator")]
+        known = [name for name in inspect.signature(write).parameters if name not in PROMPT_ARGUMENTS]
         unknown = [name for name in options or {} if name not in known]
         if unknown:
             raise ValueError(f"`prompt_kwargs` has {unknown}; for `prompt_method={method!r}` known are {known}.")
@@ -1284,12 +1307,7 @@ class DifferenceInversionPipeline(
             self._check_hard_prompts(**options or {})
 
     def _check_hard_prompts(
-        self,
-        num_tokens: int = 1,
-        num_steps: int = 1,
-        learning_rate: float = 1.0,
-        tolerance: Optional[float] = None,
-        num_revisions: int = 0,
+        self, num_tokens=1, num_steps=1, learning_rate=1.0, tolerance=None, num_revisions=0
     ) -> None:
         check_number("num_tokens", num_tokens, 1, self._room(), whole=True, meaning="words of a hard prompt")
         check_number("num_steps", num_steps, 1, whole=True)
@@ -1305,6 +1323,7 @@ class DifferenceInversionPipeline(
     def _check_prompts(self, name: str, prompts: Any, count: int, method: str = "caption") -> None:
         if prompts is None and method == "pez":
             self._check_clip(f"give `{name}`")
+            check_gradients(name, "is missing, and PEZ looks for it by gradients")
         elif prompts is None:
             self._check_captioner(
                 f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load"
@@ -1446,9 +1465,7 @@ class DifferenceInversionPipeline(
             raise ValueError(f"`{name}` is an empty list; give at least one difference, or leave it out.")
         scales = difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale] * len(given)
         scaled = [self._check_difference(d, name) * float(s) for d, s in zip(given, scales, strict=True)]
-        total = scaled[0]
-        for more in scaled[1:]:
-            total = total + more
+        total = sum(scaled[1:], scaled[0])
         rows, room = self._rows(total), self._room()
         if len(rows) > room:
             raise ValueError(f"`{name}` has {len(rows)} tokens; the text encoder's window has room for {room}.")
@@ -1508,34 +1525,22 @@ class DifferenceInversionPipeline(
     # -------------------------------------------------------------------------------------------------- prompts
 
     def _write_prompts(
-        self, method: str, options: Optional[dict], generator, *groups: tuple[list, Any]
-    ) -> list[Optional[list[str]]]:
+        self, method: str, options: Optional[dict], height, width, generator, *groups: tuple[list, Any]
+    ) -> list[list[str]]:
         """The prompts of groups of images, one each: those that are given, or written for all the others at once."""
-        generator = first_of(generator)
-        silent = [images for images, prompts in groups if images and prompts is None]
-        write = partial(self.hard_prompts, generator=generator) if method == "pez" else self.caption
-        pictures = list(itertools.chain(*silent))
+        write = self.caption
+        if method == "pez":
+            write = partial(self.hard_prompts, height=height, width=width, generator=generator)
+        pictures = [image for images, prompts in groups if prompts is None for image in images]
         written = iter(write(pictures, **options or {}) if pictures else [])
         return [
-            list(itertools.islice(written, len(images)))
-            if images and prompts is None
-            else self._given(prompts, images)
+            list(islice(written, len(images))) if prompts is None else self._repeated(prompts, len(images) or 1)
             for images, prompts in groups
         ]
-
-    def _given(self, prompts: Any, images: list) -> Optional[list[str]]:
-        return None if prompts is None else self._repeated(prompts, len(images or as_list(prompts)))
 
     def _repeated(self, prompts: Union[str, list[str]], count: int) -> list[str]:
         prompts = as_list(prompts)
         return prompts * count if len(prompts) == 1 else prompts
-
-    def _replaced(self, prompts: list[str], difference: Optional[DifferenceTokens]) -> list[str]:
-        """The prompts without what a difference takes the place of, so that its tokens need not contradict them."""
-        if difference is None or not self._rows(difference).any():
-            return prompts
-        phrases = difference.metadata.get("lost_phrases", "").splitlines()
-        return [without_phrases(prompt, phrases) for prompt in prompts]
 
     def _rows(self, difference: Optional[DifferenceTokens]) -> torch.Tensor:
         """A difference's rows (num_tokens, dim) in float32; none where there is no difference.
@@ -1601,6 +1606,8 @@ class DifferenceInversionPipeline(
         learning_rate: float = 0.1,
         tolerance: Optional[float] = 0.01,
         num_revisions: int = 6,
+        height: Optional[int] = None,
+        width: Optional[int] = None,
         generator: Optional[torch.Generator] = None,
     ) -> list[str]:
         """Describes images by the words whose CLIP embedding is nearest to theirs, one string each.
@@ -1618,6 +1625,7 @@ class DifferenceInversionPipeline(
                 `None` keeps all of them.
             num_revisions: the most words that are added or left out, one after another, as long as the UNet then predicts
                 the image's noise better; 0 for none.
+            height, width: in pixels, at which the UNet is shown the images; by default each image's own.
             generator: makes results repeatable.
         """
         self._check_clip("have the captioner describe `images`")
@@ -1625,6 +1633,8 @@ class DifferenceInversionPipeline(
         encoder = self._encoders_with_clip()[0]
         generator = first_of(generator)
         images = as_list(images)
+        sizes = [self._common_size([image], "images", height, width) for image in images]
+        check_gradients("images", "are to be described by words that PEZ finds by gradients")
         with frozen(encoder.clip, self.vae, self.unet, self.text_encoder, self.text_encoder_2):
             target = self._clip_image_features(encoder.clip, images)
             words = self._vocabulary_words()
@@ -1637,7 +1647,7 @@ class DifferenceInversionPipeline(
             best = torch.full((len(target),), -2.0, device=words.device)
             found = start
             for _ in self.progress_bar(range(num_steps)):
-                with torch.enable_grad():
+                with torch.enable_grad(), self._weights_kept():
                     hard, nearest = vocabulary.project(rows)
                     cosines = (self._clip_row_features(encoder, hard) * target).sum(-1)
                     (1 - cosines).sum().backward()
@@ -1654,8 +1664,8 @@ class DifferenceInversionPipeline(
                 likeness = target @ self._word_features(encoder, words).T
                 nearest = words[likeness.topk(min(NUM_REVISION_WORDS, len(words))).indices]
                 chosen = [
-                    self._revised_words(image, ids, more.tolist(), num_tokens, num_revisions)
-                    for image, ids, more in zip(images, chosen, nearest, strict=True)
+                    self._revised_words(image, size, ids, more.tolist(), num_tokens, num_revisions)
+                    for image, size, ids, more in zip(images, sizes, chosen, nearest, strict=True)
                 ]
         return [_written(self.tokenizer, ids) for ids in chosen]
 
@@ -1672,10 +1682,12 @@ class DifferenceInversionPipeline(
             ids, highest = shorter[left_out], torch.maximum(highest, cosine)
         return ids
 
-    def _revised_words(self, image: Any, ids: list[int], more: list[int], most: int, num_revisions: int) -> list[int]:
+    def _revised_words(
+        self, image: Any, size: tuple[int, int], ids: list[int], more: list[int], most: int, num_revisions: int
+    ) -> list[int]:
         """Words, with some of `more`, `most` in all, and without some of their own, by which the UNet knows the image
         better."""
-        latents = self._encode_images([image], "images", self._common_size([image], "images", None, None)).float()
+        latents = self._encode_images([image], "images", size).float()
         # The same noises for all images, so that it does not matter in whose company one is described.
         draw = self._draw(latents, NUM_REVISION_SAMPLES, torch.Generator().manual_seed(0), jitter=False)
 
@@ -1734,7 +1746,7 @@ class DifferenceInversionPipeline(
         return self._encode(prompts, rows.to(self._execution_device))
 
     def _encode(self, prompts: list[str], rows: torch.Tensor) -> _Condition:
-        """The same for rows that are on the device, which took a fifth of learning's time to find at every step."""
+        """As `_condition`, for rows that are on the device already, which took a fifth of learning's time to find at every step."""
         outputs = []
         self._make_room(*(encoder.model for encoder in self._encoders))
         for encoder, part in self._by_encoder(rows):
@@ -1761,12 +1773,7 @@ class DifferenceInversionPipeline(
                 logger.warning("The prompt %r is shortened to %d tokens, and loses %r.", prompt, room, lost)
 
     def _place_rows(
-        self,
-        tokenizer: CLIPTokenizer,
-        prompts: list[str],
-        num_rows: int,
-        device: Any,
-        vocab_size: Optional[int] = None,
+        self, tokenizer: CLIPTokenizer, prompts: list[str], num_rows: int, device, vocab_size: Optional[int] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length).
 
@@ -1812,37 +1819,27 @@ class DifferenceInversionPipeline(
             own = image_size(flatten_image(image, name))
             if own != size:
                 logger.warning("`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *own, *size)
-        self._make_room(self.vae)
         with self._precise_vae():
             pixels = self._pixels(images, name, size).to(self._execution_device, self.vae.dtype)
-            latents = self.vae.encode(pixels).latent_dist.mode()
+            latents = retrieve_latents(self.vae.encode(pixels), sample_mode="argmax")  # a small VAE's have no spread
         return latents.to(self.vae.dtype) * self.vae.config.scaling_factor
 
     def _pixels(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
         """Images of any kind and size as pixels (batch, 3, height, width), -1 to 1."""
         return torch.cat([self.image_processor.preprocess(flatten_image(image, name), *size) for image in images])
 
-    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels (batch, 3, height, width), -1 to 1."""
-        self._make_room(self.vae)
-        with self._precise_vae():
-            return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-
     @contextmanager
     def _precise_vae(self) -> Iterator[None]:
-        """While open, a VAE of SDXL's that overflows in float16, as its configuration says, is in float32."""
-        cast = (
-            self.text_encoder_2 is not None
-            and self.vae.dtype == torch.float16
-            and self.vae.config.get("force_upcast", False)
-        )
+        """While open, the VAE is on the device, and SDXL's, where `force_upcast` says so, in float32 and not float16."""
+        self._make_room(self.vae)
+        if self.text_encoder_2 is None or self.vae.dtype != torch.float16 or not self.vae.config.get("force_upcast"):
+            yield
+            return
         try:
-            if cast:
-                self.vae.to(torch.float32)
+            self.vae.to(torch.float32)
             yield
         finally:
-            if cast:
-                self.vae.to(torch.float16)
+            self.vae.to(torch.float16)
 
     # ---------------------------------------------------------------------------------------------------- delta
 
@@ -1947,8 +1944,7 @@ class DifferenceInversionPipeline(
                 change, so that no words are taken from them, and `init="prompts"` is `"clip"`; the word that the pair
                 lost, too, is then the one that the images say.
             prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
-            height: to resize the images to, in pixels; the first image's own by default, in whole latents.
-            width: likewise.
+            height, width: to resize the images to, in pixels; the first image's own by default, in whole latents.
             num_tokens: rows to learn, 1 to the text encoder's window less two.
             num_optimization_steps: optimizer steps, at least 1.
             learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.001 for tokens that begin as
@@ -1979,24 +1975,15 @@ class DifferenceInversionPipeline(
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
         """
-        settings = _Settings(
-            num_tokens,
-            num_optimization_steps,
-            learning_rate,
-            alpha,
-            lambda_clip,
-            lambda_tc,
-            lambda_before,
-            init,
-            projection,
-            num_samples_per_step,
-        )
+        amounts = (num_tokens, num_optimization_steps, learning_rate)
+        weights = (alpha, lambda_clip, lambda_tc, lambda_before)
+        settings = _Settings(*amounts, *weights, init, projection, num_samples_per_step)
         self.check_learning_inputs(
             before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
         )
         befores, afters = as_list(before), as_list(after)
         groups = ((befores, before_prompt), (afters, after_prompt))
-        prompts = self._write_prompts(prompt_method, prompt_kwargs, generator, *groups)
+        prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
         comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
         size = self._common_size(befores, "before", height, width)
         pairs = (befores, afters, *prompts)
@@ -2069,7 +2056,10 @@ class DifferenceInversionPipeline(
         generator,
     ) -> tuple[list[str], list[str], torch.Tensor]:
         """What the pairs lost and what they gained, by their prompts or their images, and the rows that tokens begin as."""
-        lost, gained = self._changed_phrases(examples) if comparable else ([], [])
+        lost, gained = [], []
+        if comparable:
+            sides = zip(*(changed_phrases(e.before_prompt, e.after_prompt) for e in examples), strict=True)
+            lost, gained = map(common_phrases, sides)
         room = settings.num_tokens if settings.init == "prompts" else 0
         words = self._word_rows([] if allowed is not None else lost, gained, room, allowed)
         unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
@@ -2123,12 +2113,6 @@ class DifferenceInversionPipeline(
         rows = self._embedded([index for ids in words for index in ids if index < known]) * (1 if gained else -1)
         return rows[max(0, len(rows) - num_tokens) :]
 
-    def _changed_phrases(self, examples: list[_Example]) -> tuple[list[str], list[str]]:
-        """What the prompts of every pair lost, and what they gained."""
-        sides = zip(*(changed_phrases(e.before_prompt, e.after_prompt) for e in examples), strict=True)
-        lost, gained = map(common_phrases, sides)
-        return lost, gained
-
     def _seen_words(
         self, examples: list[_Example], befores: list, afters: list, both: bool, generator
     ) -> tuple[list[str], list[str]]:
@@ -2147,7 +2131,8 @@ class DifferenceInversionPipeline(
         gained = self._telling_word(words[likeness.topk(count).indices].tolist(), examples, draw)
         if not both:
             return [], gained
-        nearest, backwards = words[(-likeness).topk(count).indices].tolist(), [e.reversed() for e in examples]
+        nearest = words[(-likeness).topk(count).indices].tolist()
+        backwards = [_Example(e.after_latents, e.before_latents, e.after_prompt, e.before_prompt) for e in examples]
         return self._telling_word(nearest, backwards, draw, must_help=True), gained
 
     def _word_features(self, encoder: _Encoder, words: torch.Tensor) -> torch.Tensor:
@@ -2164,7 +2149,7 @@ class DifferenceInversionPipeline(
         def errors(word: Optional[int]) -> tuple[float, float]:
             """How badly A' is drawn with the word, and how badly A is."""
             rows = self._embedded([] if word is None else [word]).expand(2, -1, -1)
-            total = torch.zeros(2)
+            total = torch.zeros(2, device="cpu")
             for example in examples:
                 latents = torch.cat([example.after_latents, example.before_latents])
                 prediction, target = self._predict(latents, [example.before_prompt] * 2, rows, draw)
@@ -2200,11 +2185,7 @@ class DifferenceInversionPipeline(
         return torch.cat([others, words.to(device)])
 
     def _optimize(
-        self,
-        tokens: torch.Tensor,
-        goal: _Goal,
-        generator: Optional[torch.Generator],
-        callback: Optional[Callable],
+        self, tokens: torch.Tensor, goal: _Goal, generator: Optional[torch.Generator], callback: Optional[Callable]
     ) -> tuple[torch.Tensor, float]:
         """Minimises equation 10; returns the best tokens, and their loss, on a fixed draw of noises and time steps.
 
@@ -2219,16 +2200,17 @@ class DifferenceInversionPipeline(
         scale = 1024.0 if half else 1.0
         candidates, step = [(float("inf"), tokens.detach().clone())], 0
 
-        def judge(tokens: torch.Tensor) -> None:
-            candidates.append((self._judge(tokens, goal, probe), tokens.detach().clone()))
+        def judge() -> None:
+            losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
+            candidates.append((sum(losses) / len(losses), tokens.detach().clone()))
 
         try:
-            judge(tokens)
+            judge()
             progress_bar = self.progress_bar(range(num_steps))
             for step in progress_bar:
                 example = goal.examples[step % len(goal.examples)]
                 draw = self._draw(example.before_latents, goal.settings.num_samples_per_step, generator)
-                with torch.enable_grad():
+                with torch.enable_grad(), self._weights_kept():
                     losses = self._losses(tokens, example, draw, goal)
                     (losses["loss"] * scale).backward()
                 tokens.grad /= scale
@@ -2242,16 +2224,14 @@ class DifferenceInversionPipeline(
                     used = tokens if goal.vocabulary is None else goal.vocabulary.project(tokens)[0]
                     callback(self, step, {**values, "tokens": used.detach().clone()})
                 if (step + 1) % judge_every == 0 or step + 1 == num_steps or self.interrupt:
-                    judge(tokens)
+                    judge()
                 if self.interrupt:
                     break
         except KeyboardInterrupt:
             logger.warning(
-                "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
-                step + 1,
-                num_steps,
+                "Learning was interrupted at step %d of %d; the best tokens so far are kept.", step + 1, num_steps
             )
-            judge(tokens)
+            judge()
         loss, best = min(candidates, key=lambda candidate: candidate[0])
         if not np.isfinite(loss):
             logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
@@ -2288,19 +2268,15 @@ class DifferenceInversionPipeline(
         parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
         return [self._without_graph(self._clip_text_features, encoder, [""], part[None])[0] for encoder, part in parts]
 
-    def _judge(self, tokens: torch.Tensor, goal: _Goal, probe: _Draw) -> float:
-        losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
-        return sum(losses) / len(losses)
-
     def _draw(self, latents: torch.Tensor, samples: int, generator, jitter: bool = True) -> _Draw:
         """Noises, and time steps spread evenly over the schedule: one in each of `samples` equal stretches of it."""
         device = latents.device
         noise = randn_tensor((samples, *latents.shape[1:]), generator=generator, device=device, dtype=latents.dtype)
-        places = torch.full((samples,), 0.5)
+        places = torch.full((samples,), 0.5, device="cpu")
         if jitter:
-            places = torch.rand(samples, generator=generator, device=generator.device if generator else "cpu")
+            places = torch.rand(samples, generator=generator, device=generator.device if generator else "cpu").cpu()
         num_train_timesteps = self.scheduler.config.num_train_timesteps
-        timesteps = (torch.arange(samples) + places.cpu()) * num_train_timesteps / samples
+        timesteps = (torch.arange(samples, device="cpu") + places) * num_train_timesteps / samples
         return _Draw(noise, timesteps.long().clamp(max=num_train_timesteps - 1).to(device))
 
     def _token_consistency_loss(
@@ -2325,9 +2301,12 @@ class DifferenceInversionPipeline(
         noise, timesteps = draw.noise.repeat(images, 1, 1, 1), draw.timesteps.repeat(images)
         # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
         training_schedule = DDPMScheduler.from_config(self.scheduler.config)
-        noisy_latents = training_schedule.add_noise(latents, noise, timesteps).to(self.unet.dtype)
+        noisy_latents = training_schedule.add_noise(latents, noise, timesteps)
         prediction = self._unet_output(noisy_latents, timesteps, condition)
-        target = _prediction_target(training_schedule, latents, noise, timesteps)
+        prediction_type = training_schedule.config.prediction_type
+        target = noise if prediction_type == "epsilon" else latents
+        if prediction_type == "v_prediction":
+            target = training_schedule.get_velocity(latents, noise, timesteps)
         return prediction.float().unflatten(0, (images, samples)), target.unflatten(0, (images, samples))
 
     def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:
@@ -2394,15 +2373,7 @@ class DifferenceInversionPipeline(
         return torch.stack(path), torch.stack(noises)
 
     def _denoise(
-        self,
-        start: _Start,
-        condition: _Condition,
-        baseline: _Condition,
-        mask: Optional[torch.Tensor],
-        eta,
-        generator,
-        callback_on_step_end,
-        callback_on_step_end_tensor_inputs,
+        self, start: _Start, condition: _Condition, baseline: _Condition, mask, eta, generator, callback, tensor_inputs
     ) -> torch.Tensor:
         """Draws latents (batch, ...) guided from the baseline's prediction towards the condition's.
 
@@ -2412,30 +2383,27 @@ class DifferenceInversionPipeline(
         latents, scheduler, timesteps = start.latents, start.scheduler, start.timesteps
         accepted = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    break
-                inputs = scheduler.scale_model_input(latents, t)
-                prediction = self._guided(inputs, t, condition, baseline).to(latents.dtype)
-                if start.noises is not None:
-                    extra = {"eta": eta, "variance_noise": start.noises[i]}
-                latents = scheduler.step(prediction, t, latents, **extra).prev_sample
-                if mask is not None:
-                    latents = torch.where(mask, latents, start.path[i + 1])
-                if callback_on_step_end is not None:
-                    negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
-                    known = {"latents": latents, **vars(condition), **negative}
-                    wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                    guidance_scale = self._guidance_scale
-                    known |= callback_on_step_end(self, i, t, wanted) or {}
-                    if self._guidance_scale == 0 != guidance_scale:
-                        # Diffusers' callbacks mean the prompt alone by 0, and not the baseline.
-                        self._guidance_scale = 1.0
-                    latents = known["latents"]
-                    condition = _Condition(*(known[name] for name in vars(condition)))
-                    baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
-                progress_bar.update()
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            if self.interrupt:
+                break
+            inputs = scheduler.scale_model_input(latents, t)
+            prediction = self._guided(inputs, t, condition, baseline).to(latents.dtype)
+            if start.noises is not None:
+                extra = {"eta": eta, "variance_noise": start.noises[i]}
+            latents = scheduler.step(prediction, t, latents, **extra).prev_sample
+            if mask is not None:
+                latents = torch.where(mask, latents, start.path[i + 1])
+            if callback is not None:
+                negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
+                known = {"latents": latents, **vars(condition), **negative}
+                guidance_scale = self._guidance_scale
+                known |= callback(self, i, t, {name: known[name] for name in tensor_inputs}) or {}
+                if self._guidance_scale == 0 != guidance_scale:
+                    # Diffusers' callbacks mean the prompt alone by 0, and not the baseline.
+                    self._guidance_scale = 1.0
+                latents = known["latents"]
+                condition = _Condition(*(known[name] for name in vars(condition)))
+                baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
         return latents.to(self.unet.dtype)
 
     def _guided(self, inputs, t, condition: _Condition, baseline: _Condition) -> torch.Tensor:
@@ -2462,15 +2430,19 @@ class DifferenceInversionPipeline(
         if negative_prompt is None:
             negative_prompt = source_prompts if has_query else ""
         negative_prompts = self._repeated(negative_prompt, len(prompts))
-        if replace_phrases:
-            prompts = self._replaced(prompts, difference)
-        rows = self._rows(difference).expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
+        rows = self._rows(difference)
+        if replace_phrases and rows.any():  # so that the tokens need not contradict what they take the place of
+            phrases = difference.metadata.get("lost_phrases", "").splitlines()
+            prompts = [without_phrases(prompt, phrases) for prompt in prompts]
+        rows = rows.expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
         self._warn_of_long_prompts([*prompts, *source_prompts], rows.shape[1])
         # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
         zeros = torch.zeros_like(rows)
         negative_rows = zeros
         if negative_difference is not None:
             negative_rows = self._rows(negative_difference).expand(len(prompts), -1, -1)
+        if negative_prompt is not source_prompts:
+            self._warn_of_long_prompts(negative_prompts, negative_rows.shape[1])
         baseline = self._condition(negative_prompts, negative_rows)
         is_xl = self.text_encoder_2 is not None
         if is_xl and self.config.force_zeros_for_empty_prompt and nothing_negative and not has_query:
@@ -2478,59 +2450,38 @@ class DifferenceInversionPipeline(
         return self._condition(prompts, rows), self._condition(source_prompts, zeros), baseline
 
     def _start(
-        self,
-        images,
-        size,
-        condition,
-        inversion,
-        num_inference_steps,
-        strength,
-        eta,
-        num_images_per_prompt,
-        generator,
-        latents,
-        batch_size,
+        self, images, size, source, inversion, num_inference_steps, strength, eta, copies, generator, latents
     ) -> _Start:
+        device, dtype = self._execution_device, self.unet.dtype
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
         if inversion is None:
             scheduler = type(self.scheduler).from_config(self.scheduler.config)
         else:
             scheduler = self._deterministic(DDIMScheduler)
-        scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = scheduler.timesteps
         if inversion is None:
-            shape = self._latents_shape(batch_size, size)
             if latents is None:
-                latents = randn_tensor(
-                    shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype
-                )
-            latents = latents.to(self._execution_device, self.unet.dtype)
-            return _Start(latents * scheduler.init_noise_sigma, scheduler, timesteps)
+                shape = self._latents_shape(len(source.prompt_embeds) * copies, size)
+                latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            return _Start(latents.to(device, dtype) * scheduler.init_noise_sigma, scheduler, timesteps)
         num_steps = max(1, round(num_inference_steps * strength))
         timesteps = timesteps[-num_steps:]
-        clean = self._encode_images(images, "image", size).to(self.unet.dtype)
+        clean = self._encode_images(images, "image", size).to(dtype)
         if inversion == "ddim":
-            path = self._ddim_inversion(clean, condition, num_inference_steps, num_steps)
-            path = path.repeat_interleave(num_images_per_prompt, dim=1)
+            path = self._ddim_inversion(clean, source, num_inference_steps, num_steps)
+            path = path.repeat_interleave(copies, dim=1)
             return _Start(path[0], scheduler, timesteps, path)
-        clean = clean.repeat_interleave(num_images_per_prompt, dim=0)
+        clean = clean.repeat_interleave(copies, dim=0)
         if inversion == "ddpm":
-            condition = condition.repeat(num_images_per_prompt)
-            path, noises = self._ddpm_inversion(clean, condition, scheduler, timesteps, eta, generator)
+            path, noises = self._ddpm_inversion(clean, source.repeat(copies), scheduler, timesteps, eta, generator)
             return _Start(path[0], scheduler, timesteps, path, noises)
         noise = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
         path = torch.stack([*(scheduler.add_noise(clean, noise, t[None]) for t in timesteps), clean])
         return _Start(path[0], scheduler, timesteps, path)
 
     def _mask(
-        self,
-        mask_image,
-        images: list,
-        size: tuple[int, int],
-        num_images_per_prompt: int,
-        start: _Start,
-        condition: _Condition,
-        source: _Condition,
+        self, mask_image, images: list, size: tuple[int, int], start: _Start, condition: _Condition, source: _Condition
     ) -> Optional[torch.Tensor]:
         """Where the queries may change, 0 or 1 for each pixel (batch, 1, height, width)."""
         if mask_image is None:
@@ -2542,7 +2493,7 @@ class DifferenceInversionPipeline(
             self.mask_processor.preprocess(flatten_mask(mask), *size) for mask in as_masks(mask_image, len(images))
         ]
         mask = torch.cat(masks * len(images) if len(masks) == 1 else masks)[:, :1]
-        return mask.to(self._execution_device).repeat_interleave(num_images_per_prompt, dim=0)
+        return mask.to(self._execution_device).repeat_interleave(len(start.latents) // len(images), dim=0)
 
     def _changing_places(self, start: _Start, condition: _Condition, source: _Condition) -> torch.Tensor:
         """How much the difference changes what the UNet sees in the query, by place: (batch, 1, height, width), 0 to 1.
@@ -2559,7 +2510,8 @@ class DifferenceInversionPipeline(
 
     def _pictures(self, latents, mask: Optional[torch.Tensor], own: Optional[torch.Tensor], output_type: str) -> Any:
         """The answers as pictures, which where the mask is black are the queries' own pixels."""
-        pixels = self._decode_latents(latents)
+        with self._precise_vae():
+            pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         if mask is not None:
             own = own.repeat_interleave(len(pixels) // len(own), dim=0).to(pixels)
             pixels = torch.where(mask > 0, pixels, own)
@@ -2629,8 +2581,7 @@ class DifferenceInversionPipeline(
             prompt: describes the query, one for each image. Left out, it is written as `prompt_method` says.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
-            before_prompt: describes `before`.
-            after_prompt: describes `after`.
+            before_prompt, after_prompt: describe `before` and `after`.
             prompt_method: `"caption"` or `"pez"`; how prompts that are left out are written.
             prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
@@ -2640,19 +2591,10 @@ class DifferenceInversionPipeline(
             mask_image: where the query may change, white or true, and black or false where it stays to the pixel: an image,
                 a matrix, or a list of one for each query, of any size. `"auto"` takes the places in which the difference changes
                 most of what the UNet sees.
-            height: of the answer, in pixels, and of the pair that is learned from; by default their own, in whole
-                latents.
-            width: likewise.
-            num_tokens: rows to learn.
-            num_optimization_steps: steps of learning.
-            learning_rate: of learning.
-            alpha: 0 trusts the images' delta, 1 the captions'.
-            lambda_clip: weight of the CLIP loss.
-            lambda_tc: weight of the token consistency loss.
-            lambda_before: weight in it of the way back, from A' to A.
-            init: `"prompts"`, `"clip"`, `"random"` or `"zeros"`.
-            projection: `"soft"`, or `"hard"` for tokens that are words.
-            num_samples_per_step: noises and time steps drawn at each step of learning.
+            height, width: of the answer, in pixels, and of the pair that is learned from; by default their own, in
+                whole latents.
+            num_tokens, num_optimization_steps, learning_rate, alpha, lambda_clip, lambda_tc, lambda_before, init,
+                projection, num_samples_per_step, callback_on_optimization_step: of learning; see [`invert_difference`].
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
                 says, and drawn with half the UNet's work; more exaggerates. By default 1 for a query image and 7.5
@@ -2668,7 +2610,6 @@ class DifferenceInversionPipeline(
             latents: to start from with `inversion=None`, (batch, channels, height / factor, width / factor).
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict: whether to return a [`DifferenceInversionPipelineOutput`] or a tuple.
-            callback_on_optimization_step: see [`invert_difference`].
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each denoising step; tensors
                 in the dictionary that it returns replace the pipeline's.
             callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it gets,
@@ -2711,18 +2652,9 @@ class DifferenceInversionPipeline(
             prompt_method,
             prompt_kwargs,
         )
-        settings = _Settings(
-            num_tokens,
-            num_optimization_steps,
-            learning_rate,
-            alpha,
-            lambda_clip,
-            lambda_tc,
-            lambda_before,
-            init,
-            projection,
-            num_samples_per_step,
-        )
+        amounts = (num_tokens, num_optimization_steps, learning_rate)
+        weights = (alpha, lambda_clip, lambda_tc, lambda_before)
+        settings = _Settings(*amounts, *weights, init, projection, num_samples_per_step)
         learns = before is not None or after is not None
         if learns:
             self.check_learning_inputs(
@@ -2732,7 +2664,6 @@ class DifferenceInversionPipeline(
             difference = self._resolve_difference(difference, difference_scale)
         if negative_difference is not None:
             negative_difference = self._resolve_difference(negative_difference, 1.0, "negative_difference")
-        self._interrupt = False
         if guidance_scale is None:
             guidance_scale = 7.5 if image is None else 1.0
         self._guidance_scale = guidance_scale
@@ -2746,7 +2677,7 @@ class DifferenceInversionPipeline(
         # 2. Prompts that are not given, written all at once
         images, befores, afters = ([] if given is None else as_list(given) for given in (image, before, after))
         groups = ((images, prompt), (befores, before_prompt), (afters, after_prompt))
-        prompts, *pair_prompts = self._write_prompts(prompt_method, prompt_kwargs, generator, *groups)
+        prompts, *pair_prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
 
         # 3. Learn the difference, if it is not given
         applied = difference
@@ -2764,35 +2695,16 @@ class DifferenceInversionPipeline(
 
         # 5. Where denoising begins
         size = self._common_size(images, "image", height, width)
-        batch_size = len(prompts) * num_images_per_prompt
-        start = self._start(
-            images,
-            size,
-            source,
-            inversion,
-            num_inference_steps,
-            strength,
-            eta,
-            num_images_per_prompt,
-            generator,
-            latents,
-            batch_size,
-        )
+        way = (inversion, num_inference_steps, strength, eta)
+        start = self._start(images, size, source, *way, num_images_per_prompt, generator, latents)
         self._num_timesteps = len(start.timesteps)
         condition, source, baseline = (each.repeat(num_images_per_prompt) for each in (condition, source, baseline))
-        mask = self._mask(mask_image, images, size, num_images_per_prompt, start, condition, source)
+        mask = self._mask(mask_image, images, size, start, condition, source)
 
         # 6. Denoise along the difference
-        latents = self._denoise(
-            start,
-            condition,
-            baseline,
-            None if mask is None else F.max_pool2d(mask, self.vae_scale_factor) > 0,
-            eta,
-            generator,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        places = None if mask is None else F.max_pool2d(mask, self.vae_scale_factor) > 0
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(start, condition, baseline, places, eta, generator, *callback)
 
         # 7. Pixels
         answers = latents
@@ -2808,11 +2720,3 @@ class DifferenceInversionPipeline(
 def _features(output: Any) -> torch.Tensor:
     """CLIP's projected features, which transformers 5 wraps in an output object and transformers 4 does not."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def _prediction_target(scheduler: DDPMScheduler, latents, noise, timesteps) -> torch.Tensor:
-    """What the UNet should say: the noise, the velocity or the latents, by the model's `prediction_type`."""
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    return noise if prediction_type == "epsilon" else latents

@@ -514,6 +514,14 @@ def test_ctrl_c_at_any_moment_keeps_the_best_tokens_so_far(pipe, pair, moment):
     assert state_of(pipe) == before
 
 
+def test_noises_and_time_steps_are_drawn_where_the_latents_are_whatever_the_default_device(pipe):
+    latents = torch.zeros(1, 4, 4, 4)
+    with torch.device("meta"):  # which stands for a device that the latents are not on
+        draw = pipe._draw(latents, 2, None)
+    assert draw.timesteps.device == draw.noise.device == latents.device
+    assert 0 <= draw.timesteps[0] < 500 <= draw.timesteps[1] < 1000
+
+
 def test_learning_can_go_on_after_an_interruption(pipe, pair):
     learn(pipe, pair, callback_on_optimization_step=Diary(at=0, do=interrupt))
     diary = Diary()

@@ -25,17 +25,21 @@ from conftest import (
     watched,
 )
 from diffusers import (
+    AutoencoderTiny,
     DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -371,6 +375,9 @@ def test_shortening_a_prompt_is_said(pipe):
     ]
     with logged() as lines:
         pipe.invert_difference(picture("red"), picture("blue"), long, "a boat", num_optimization_steps=2)
+    assert len([line for line in lines if "shortened" in line]) == 1
+    with logged() as lines:
+        apply(pipe, prompt="a red cabin on snow", negative_prompt=long)
     assert len([line for line in lines if "shortened" in line]) == 1
     with logged() as lines:
         apply(pipe, prompt="a red cabin on snow")
@@ -1003,6 +1010,16 @@ BAD_APPLYING = {
     "no scale": ({"difference_scale": None}, ValueError, "`difference_scale`.*None.*finite"),
     "guidance without end": ({"guidance_scale": float("inf")}, ValueError, "`guidance_scale`.*inf.*finite"),
     "next to no noise for ddpm": ({"eta": 1e-4}, ValueError, "`eta` is 0.0001.*at least 0.01"),
+    "an array of 16 bits": (
+        {"image": np.full((SIDE, SIDE, 3), 30000, np.uint16)},
+        ValueError,
+        "`image`.*up to 30000.*whole numbers.*end at 255",
+    ),
+    "a tensor of 16 bits": (
+        {"image": torch.full((3, SIDE, SIDE), 256)},
+        ValueError,
+        "`image`.*up to 256.*whole numbers.*end at 255",
+    ),
     "an array of 0.0 to 255.0": (
         {"image": np.full((SIDE, SIDE, 3), 255.0)},
         ValueError,
@@ -1108,6 +1125,15 @@ def test_learning_where_gradients_are_forbidden_is_refused_and_applying_is_not(p
         assert apply(pipe).isfinite().all()
 
 
+def test_applying_where_gradients_are_forbidden_is_refused_if_pez_needs_them(pipe):
+    with torch.inference_mode(), forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(ValueError, match="`prompt`.*PEZ.*inference_mode"):
+            apply(pipe, prompt=None, prompt_method="pez")
+        with pytest.raises(ValueError, match="`images`.*PEZ.*inference_mode"):
+            pipe.hard_prompts([picture()])
+        assert not calls
+
+
 def test_a_unet_for_inpainting_is_refused_by_name(pipe, pair):
     pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
     for call in (lambda: apply(pipe), lambda: pipe.invert_difference(**pair)):
@@ -1166,10 +1192,22 @@ def test_the_clip_of_another_model_is_refused(pair):
         assert not calls
 
 
-def test_a_model_that_predicts_something_else_is_refused(pipe, pair):
-    pipe.scheduler.register_to_config(prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match="`scheduler`.*flow_prediction"):
-        pipe.invert_difference(**pair, num_optimization_steps=1)
+OTHER_SCHEDULERS = {
+    "flow_prediction": lambda: DDIMScheduler(prediction_type="flow_prediction"),
+    "FlowMatchEuler": FlowMatchEulerDiscreteScheduler,
+    "EDMEuler": EDMEulerScheduler,
+}
+
+
+@pytest.mark.parametrize("named, build", OTHER_SCHEDULERS.items(), ids=OTHER_SCHEDULERS)
+def test_a_model_that_was_trained_for_something_else_is_refused(pipe, pair, named, build):
+    pipe.scheduler = build()
+    with forward_calls(*models_of(pipe)) as calls:
+        with pytest.raises(ValueError, match=f"`scheduler`.*{named}"):
+            pipe.invert_difference(**pair, num_optimization_steps=1)
+        with pytest.raises(ValueError, match=f"`scheduler`.*{named}"):
+            apply(pipe)
+        assert not calls
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -1290,6 +1328,13 @@ def test_from_pipe_of_an_offloaded_pipeline_is_offloaded_too(pair):
     assert stock("a", num_inference_steps=1).images
 
 
+def test_from_pipe_of_a_pipeline_whose_layers_are_offloaded_leaves_clip_its_weights():
+    stock, own = stock_pipeline(), build_components()
+    stock.enable_sequential_cpu_offload(device="cpu")
+    DifferenceInversionPipeline.from_pipe(stock, clip=own["clip"], clip_processor=own["clip_processor"])
+    assert not any(weight.is_meta for weight in own["clip"].parameters())
+
+
 @pytest.mark.parametrize("method", ["caption", "pez"])
 def test_offloaded_models_take_turns_on_the_device(pair, method):
     """Also the text encoder, CLIP and the UNet while learning goes backwards through them."""
@@ -1333,7 +1378,10 @@ def test_layers_that_are_offloaded_one_by_one_learn_and_draw_the_same(pair, meth
     plain, offloaded = build_pipeline(), build_pipeline()
     expected = plain(**options, generator=seeded())
     offload_layers(offloaded)
+    offloaded.unet.conv_in.requires_grad_(False)
+    wanted = {name: weight.requires_grad for name, weight in offloaded.unet.named_parameters()}
     out = offloaded(**options, generator=seeded())
+    assert {name: weight.requires_grad for name, weight in offloaded.unet.named_parameters()} == wanted
     weights = [offloaded.unet.conv_in.weight, offloaded.text_encoder.get_input_embeddings().weight]
     assert all(weight.is_meta for weight in weights)
     torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
@@ -1341,14 +1389,64 @@ def test_layers_that_are_offloaded_one_by_one_learn_and_draw_the_same(pair, meth
     assert offloaded.load_difference(expected.difference.save(tmp_path / "d")).metadata == expected.difference.metadata
 
 
+@pytest.fixture
+def forgetful_groups(monkeypatch):
+    """Group offloading as between two devices: weights that are away are no numbers, and what holds them finds none.
+
+    But for token embeddings, whose rows may be read wherever they are: tests put these into the set.
+    """
+    real, readable = {}, set()
+
+    def weights(group):
+        found = [weight for module in group.modules for weight in module.parameters()] + list(group.parameters)
+        return [weight for weight in found if weight not in readable]
+
+    def onload(group):
+        for weight in weights(group):
+            weight.data = real.get(weight, weight.data)
+
+    def offload(group):
+        for weight in weights(group):
+            real.setdefault(weight, weight.data)
+            weight.data = torch.full_like(weight.data, float("nan"))
+
+    monkeypatch.setattr(ModuleGroup, "onload_", onload)
+    monkeypatch.setattr(ModuleGroup, "offload_", offload)
+    return readable
+
+
+GROUPS = {
+    "layers": {"offload_type": "leaf_level"},
+    "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "blocks of some": {"num_blocks_per_group": 2, "exclude_modules": "vae"},
+}
+
+
+@pytest.mark.parametrize("method", ["caption", "pez"])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_models_that_are_offloaded_by_groups_learn_and_draw_the_same(forgetful_groups, pair, method, groups):
+    captioner, processor = build_captioner()
+    options = {name: pair[name] for name in ("before", "after")} | {"image": picture("blue"), "prompt_method": method}
+    options |= {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    if method == "pez":
+        options["prompt_kwargs"] = {"num_steps": 2, "num_tokens": 4}
+    plain, offloaded = (build_pipeline(captioner=captioner, captioner_processor=processor) for _ in range(2))
+    expected = plain(**options, generator=seeded())
+    for model in (offloaded.text_encoder, offloaded.clip.text_model):
+        forgetful_groups.add(model.get_input_embeddings().weight)
+    offloaded.enable_group_offload("cpu", torch.device("cpu"), **groups)
+    out = offloaded(**options, generator=seeded())
+    assert offloaded.unet.conv_in.weight.isnan().all()
+    assert out.difference.metadata["before_prompt"] == expected.difference.metadata["before_prompt"]
+    torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
+    torch.testing.assert_close(out.images, expected.images)
+
+
 SAVERS = {
     "tiled VAE": lambda pipe: pipe.vae.enable_tiling(),
     "sliced VAE": lambda pipe: pipe.vae.enable_slicing(),
     "sliced attention": lambda pipe: pipe.enable_attention_slicing(),
     "gradient checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
-    "offloading by groups": lambda pipe: pipe.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    ),
 }
 
 
@@ -1369,6 +1467,23 @@ def test_learning_in_half_precision_is_finite_and_keeps_its_tokens_in_float32(pi
     assert rows.dtype == torch.float32
     assert torch.isfinite(rows).all() and rows.any()
     assert pipe.unet.dtype == pipe.text_encoder.dtype == dtype
+
+
+def test_a_small_vae_learns_and_draws(pipe, pair):
+    pipe = build_pipeline(vae=build_small_vae())
+    out = pipe(image=picture("blue"), prompt="a", **pair, num_optimization_steps=1, num_inference_steps=2)
+    assert out.images[0].size == (SIDE, SIDE) and rows_of(out.difference).any()
+
+
+def build_small_vae() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    widths, blocks = (4,) * 4, (1,) * 4
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+    )
 
 
 def test_a_vae_in_float32_beside_a_half_precision_unet_learns_and_draws(pipe, pair):

@@ -198,6 +198,18 @@ def test_prompts_found_by_pez_describe_all_three_images(pipe):
     assert [out.difference.metadata[name] for name in ("before_prompt", "after_prompt")] == expected[1:]
 
 
+def test_pez_shows_the_unet_pictures_at_the_size_that_is_asked_for(pipe):
+    pictures = {"before": picture("red", size=(72, 56)), "after": picture("yellow", size=(6, 5))}
+    options = {"prompt_method": "pez", "prompt_kwargs": {"num_tokens": 2, "num_steps": 1}}
+    with forward_calls(pipe.unet) as calls:
+        pipe.invert_difference(**pictures, **options, height=32, width=40, num_optimization_steps=1)
+    assert {tuple(arguments[0].shape[-2:]) for _, arguments, *_ in calls} == {(4, 5)}
+    with forward_calls(pipe.clip, pipe.clip.vision_model) as calls:
+        with pytest.raises(ValueError, match="`images` is 5×6.*`height`"):
+            pipe.hard_prompts([pictures["after"]])
+        assert not calls
+
+
 def test_words_are_not_taken_from_prompts_that_pez_found_but_from_given_ones_they_are(pipe, pair):
     options = {"prompt_method": "pez", "prompt_kwargs": {"num_steps": 2}, "num_optimization_steps": 1}
     images = {name: pair[name] for name in ("before", "after")}

@@ -104,6 +104,10 @@ import torch
 from PIL import Image
 from pipeline_difference_inversion import DifferenceTokens
 difference = DifferenceTokens({{"<difference>": torch.ones(2, 4)}}, {{"format": "difference-tokens", "format_version": "1"}})
+try:
+    difference.push_to_hub("someone/picture", before="before.png")
+except TypeError:
+    pass
 print(difference.push_to_hub("someone/castle", before=Image.new("RGB", (8, 8))))
 def load(*where, **options):
     try:
@@ -121,6 +125,7 @@ load("someone/nothing")
     hub.repositories["someone/castle"]["main"] = {}
     url, *said = run_alone(code, tmp_path, **online(hub)).splitlines()
     assert url.startswith(f"{hub.url}/someone/castle/commit/")
+    assert "someone/picture" not in hub.repositories
     assert set(hub.repositories["someone/castle"]["main"]) == {"README.md", "before.png", "difference.safetensors"}
     where = "FileNotFoundError `path_or_repo_id`: 'someone/"
     assert said == [
