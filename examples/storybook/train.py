@@ -102,7 +102,7 @@ RECIPES = {
     "decoder": Recipe(2200, 8, 4e-4),
     "unet": Recipe(21000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
-    "instruct": Recipe(1150, 32, 3e-4),
+    "instruct": Recipe(4500, 32, 3e-4),
     "clip_2": Recipe(3000, 64, 1e-3),
     "unet_xl": Recipe(2000, 32, 4e-4),
 }
@@ -1082,7 +1082,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--xl-dir", type=Path, default=HERE / "model_xl", help="what Storybook-XL has of its own")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves torch's own choice")
     parser.add_argument("--scenes", type=int, default=24000, help="training pictures")
-    parser.add_argument("--edits", type=int, default=8000, help="edited pictures, at most one for each picture")
+    parser.add_argument("--edits", type=int, default=24000, help="edited pictures, at most one for each picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="total, counted from the start of the stage")
     parser.add_argument("--batch-size", type=int)
