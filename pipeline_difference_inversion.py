@@ -833,7 +833,7 @@ def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
         return flatten_image(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), name)
     is_floating = np.issubdtype(image.dtype, np.floating) if channels else image.is_floating_point()
     scale = 1 if is_floating or image.dtype in (np.bool_, torch.bool) else 255
-    highest = float(image.max())
+    highest = float((image if channels else image.float()).max())  # of some whole numbers torch has no maximum
     if highest > (1.01 if is_floating else scale):
         kind = "floating-point pictures" if is_floating else "pictures in whole numbers"
         raise ValueError(f"`{name}` has values up to {highest:g}; of {kind} they end at {scale}.")
@@ -853,7 +853,7 @@ def as_masks(masks: Any, count: int) -> list:
 
 
 def flatten_mask(mask: Any) -> Any:
-    """As `flatten_image`, for masks: transparency on black; matrices (height, width) of truths or numbers are taken too."""
+    """As `flatten_image`, for masks: transparency on black; they may also be matrices (height, width)."""
     if isinstance(mask, Image.Image) and mask.mode in ("F", "I"):
         mask = np.asarray(mask)
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
@@ -1132,9 +1132,9 @@ class DifferenceInversionPipeline(
     def enable_group_offload(self, *arguments, **options) -> None:
         """Diffusers' own; in blocks CLIP and the captioner stay on the device, since a block is fetched by a model's
         `forward`, and these are called by other methods."""
-        given = inspect.signature(super().enable_group_offload).bind(*arguments, **options)
-        given.apply_defaults()
-        given = given.arguments
+        bound = inspect.signature(super().enable_group_offload).bind(*arguments, **options)
+        bound.apply_defaults()
+        given = bound.arguments
         if getattr(given["offload_type"], "value", given["offload_type"]) == "block_level":
             excluded = given["exclude_modules"] or []
             excluded = [excluded] if isinstance(excluded, str) else excluded
@@ -1692,6 +1692,7 @@ class DifferenceInversionPipeline(
         draw = self._draw(latents, NUM_REVISION_SAMPLES, torch.Generator().manual_seed(0), jitter=False)
 
         def errors(versions: list[list[int]]) -> list[float]:
+            """How badly the UNet, told each version, predicts the image's noises."""
             found = []
             for start in range(0, len(versions), NUM_REVISION_SAMPLES):
                 prompts = [
@@ -1746,7 +1747,7 @@ class DifferenceInversionPipeline(
         return self._encode(prompts, rows.to(self._execution_device))
 
     def _encode(self, prompts: list[str], rows: torch.Tensor) -> _Condition:
-        """As `_condition`, for rows that are on the device already, which took a fifth of learning's time to find at every step."""
+        """As `_condition`, for rows that are on the device: finding it took a fifth of each step of learning."""
         outputs = []
         self._make_room(*(encoder.model for encoder in self._encoders))
         for encoder, part in self._by_encoder(rows):
@@ -2201,6 +2202,7 @@ class DifferenceInversionPipeline(
         candidates, step = [(float("inf"), tokens.detach().clone())], 0
 
         def judge() -> None:
+            """Puts the tokens as they are now among those that may be the best."""
             losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
             candidates.append((sum(losses) / len(losses), tokens.detach().clone()))
 

@@ -72,7 +72,7 @@ def build_clip(tokenizer: CLIPTokenizer, width: int = WIDTH, seed: int = 1) -> C
     vision = {"image_size": SIDE, "patch_size": 8}
     clip = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=width))
     with torch.no_grad():  # as large as positions, so that words count as they do after training
-        clip.text_model.get_input_embeddings().weight.normal_(std=0.3)
+        clip.text_model.embeddings.token_embedding.weight.normal_(std=0.3)
     return clip.eval()
 
 

@@ -85,8 +85,8 @@ PAPER = {
     "replace_phrases": False,
 }
 SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
-# Of the text's guidance of 2 and 4 and the picture's of 1 and 1.5, these had 22 of 24 right (`--seed 301 --per-kind 4`), and
-# the others 20 or 21.
+# Of the text's guidance of 2 and 4 and the picture's of 1 and 1.5, these had 22 of the 24 analogies of `--seed 301 --per-kind
+# 4` right, and the others 20 or 21.
 INSTRUCT = {"num_inference_steps": 25, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
