@@ -8,10 +8,11 @@ import re
 
 import numpy as np
 import pytest
-from analogies import judge, neighbours, random_analogy
+from analogies import BLENDS, candidates, judge, neighbours, random_analogy, random_wordless_analogy
 from conftest import build_tokenizer
 from PIL import Image
-from world import ATTRIBUTES, caption, describe, random_scene, render
+from questions import ENDINGS, OPENINGS, SETTINGS, draw_questions, with_fillers
+from world import ATTRIBUTES, caption, describe, loose_caption, random_scene, render
 
 
 LAYOUT = ("x", "size", "horizon")
@@ -64,6 +65,27 @@ def test_random_scenes_have_every_value_of_every_attribute():
         assert {getattr(scene, name) for scene in scenes} == set(values)
     for name in LAYOUT:
         assert len({getattr(scene, name) for scene in scenes}) == 300
+
+
+def test_a_blend_of_colours_is_drawn_in_their_mean():
+    scene = dataclasses.replace(random_scene(random.Random(0)), subject="castle", sky="day", style="painting")
+    colors = {}
+    for color in ("red", "blue", "red+blue", "blue+red"):
+        picture = render(dataclasses.replace(scene, color=color, x=0.44, size=0.46, horizon=0.6))
+        colors[color] = picture.getpixel((round(0.44 * 128), round((0.75 - 0.35 * 0.46) * 128)))  # the castle's wall
+    mean = np.mean([colors["red"], colors["blue"]], axis=0)
+    assert np.abs(np.array(colors["red"]) - colors["blue"]).max() > 100
+    assert np.abs(colors["red+blue"] - mean).max() <= 1
+    assert colors["red+blue"] == colors["blue+red"]
+
+
+def test_a_blend_of_styles_is_the_mean_of_their_pictures():
+    scene = random_scene(random.Random(0))
+    one, other, blend = (
+        pixels(dataclasses.replace(scene, style=style))
+        for style in ("painting", "pencil sketch", "painting+pencil sketch")
+    )
+    assert np.abs(blend - (one + other) / 2).max() <= 1 / 255 + 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------- captions
@@ -150,6 +172,16 @@ def test_training_captions_leave_things_out_and_vary_their_order():
         assert any(not mentioned(text, name) for text in texts)
 
 
+def test_loose_captions_say_nothing_wrong_and_leave_anything_out():
+    rng = random.Random(0)
+    scene = dataclasses.replace(random_scene(rng), extra="moon")
+    texts = [loose_caption(scene, rng) for _ in range(500)]
+    for name in ATTRIBUTES:
+        said = [mentioned(text, name) for text in texts]
+        assert all(values in ([], [getattr(scene, name)]) for values in said)
+        assert 0.02 < said.count([]) / len(texts) < 0.4
+
+
 # ---------------------------------------------------------------------------------------- analogies and their judge
 
 
@@ -227,3 +259,172 @@ def test_neighbours_are_all_scenes_one_attribute_away():
 def test_the_judge_refuses_a_picture_of_another_size():
     with pytest.raises(ValueError, match="`image`.*64×128.*128×128"):
         judge(Image.new("RGB", (64, 128)), some_analogies(each=1)[0])
+
+
+@pytest.mark.parametrize("kind, second", [("subject", "sky"), ("style", "color"), ("extra", "ground")])
+def test_an_analogy_may_change_two_attributes(kind, second):
+    rng = random.Random(0)
+    for _ in range(20):
+        analogy = random_analogy(rng, kind, second)
+        assert (analogy.kind, analogy.kinds) == (kind, (kind, second))
+        for one, other in ((analogy.before, analogy.after), (analogy.query, analogy.target)):
+            assert set(differing(one, other, (*ATTRIBUTES, *LAYOUT))) == {kind, second}
+        for name in (kind, second):
+            assert getattr(analogy.query, name) == getattr(analogy.before, name)
+            assert getattr(analogy.target, name) == getattr(analogy.after, name)
+        assert differing(analogy.query, analogy.before, ATTRIBUTES)
+
+
+def test_the_kinds_of_an_analogy_are_its_kind_if_nothing_else_is_said():
+    analogy = random_analogy(random.Random(0), "sky")
+    assert analogy.kinds == ("sky",)
+    assert type(analogy)("sky", analogy.before, analogy.after, analogy.query, analogy.target) == analogy
+
+
+def test_the_judge_knows_scenes_half_way_through_two_changes():
+    rng = random.Random(0)
+    for kind, second in (("subject", "sky"), ("style", "color"), ("ground", "extra")):
+        analogy = random_analogy(rng, kind, second)
+        right, unchanged = judge(render(analogy.target), analogy), judge(render(analogy.query), analogy)
+        assert right.success and right.kept and not unchanged.success and unchanged.kept
+        for name in (kind, second):
+            half_way = dataclasses.replace(analogy.query, **{name: getattr(analogy.target, name)})
+            assert half_way in candidates(analogy)
+            verdict = judge(render(half_way), analogy)
+            assert not verdict.success and verdict.kept
+        other = next(name for name in ATTRIBUTES if name not in analogy.kinds)
+        value = next(value for value in ATTRIBUTES[other] if value != getattr(analogy.query, other))
+        verdict = judge(render(dataclasses.replace(analogy.target, **{other: value})), analogy)
+        assert not verdict.success and not verdict.kept
+
+
+@pytest.mark.parametrize("kind", BLENDS)
+def test_a_wordless_analogy_goes_from_a_plain_value_to_a_blend(kind):
+    rng = random.Random(0)
+    for _ in range(20):
+        analogy = random_wordless_analogy(rng, kind)
+        assert analogy.kind == kind and analogy.kinds == (kind,)
+        assert getattr(analogy.before, kind) in ATTRIBUTES[kind] and getattr(analogy.after, kind) in BLENDS[kind]
+        for one, other in ((analogy.before, analogy.after), (analogy.query, analogy.target)):
+            assert differing(one, other, (*ATTRIBUTES, *LAYOUT)) == [kind]
+        assert getattr(analogy.query, kind) == getattr(analogy.before, kind)
+        assert getattr(analogy.target, kind) == getattr(analogy.after, kind)
+
+
+@pytest.mark.parametrize("kind", BLENDS)
+def test_the_judge_tells_a_blend_from_other_blends_and_from_plain_values(kind):
+    analogy = random_wordless_analogy(random.Random(1), kind)
+    assert judge(render(analogy.target), analogy).success
+    others = {*ATTRIBUTES[kind], *BLENDS[kind]} - {getattr(analogy.target, kind)}
+    for value in others:
+        verdict = judge(render(dataclasses.replace(analogy.target, **{kind: value})), analogy)
+        assert not verdict.success and verdict.kept
+
+
+# ---------------------------------------------------------------------------------------------------- the settings
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_asks_the_same_questions_every_time_and_few_are_the_first_of_many(setting):
+    questions = draw_questions(setting, [3, 4], 2)
+    assert questions == draw_questions(setting, [3, 4], 2)
+    assert questions[:6] == draw_questions(setting, [3], 1)
+    assert [question.place for question in questions] == [(setting, s, i) for s in (3, 4) for i in range(12)]
+    assert len({question.analogy for question in questions}) == 24
+
+
+def test_settings_ask_the_same_analogies():
+    asked = {setting: [q.analogy for q in draw_questions(setting, [3], 1)] for setting in SETTINGS}
+    for setting in ("loose", "wrong", "chance", "unsaid", "silent", "random-rows"):
+        assert asked[setting] == asked["captioner"]
+    assert asked["two"] == asked["two-unsaid"]
+    for forwards, backwards in zip(asked["captioner"], asked["reversed"], strict=True):
+        assert (backwards.query, backwards.target) == (forwards.target, forwards.query)
+        assert (backwards.before, backwards.after) == (forwards.before, forwards.after)
+    assert [analogy.kind for analogy in asked["two"]] == list(ATTRIBUTES)
+    assert [analogy.kind for analogy in asked["wordless"]] == ["color", "style"] * 3
+
+
+def test_prompts_are_given_where_the_captioner_does_not_write_them():
+    given = {setting: set(draw_questions(setting, [3], 1)[0].prompts) for setting in SETTINGS}
+    assert given.pop("captioner") == given.pop("two") == given.pop("wordless") == set()
+    assert given.pop("silent") == {"before_prompt", "after_prompt"}
+    assert all(names == {"before_prompt", "after_prompt", "prompt"} for names in given.values())
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in ("chance", "wordless")])
+def test_the_oracle_is_told_the_right_answer(setting):
+    assert all(q.captions.answer == describe(q.analogy.target) for q in draw_questions(setting, [3], 2))
+
+
+def test_loose_prompts_sometimes_do_not_say_what_changes_and_differ_by_more_than_that():
+    questions = draw_questions("loose", [0], 30)
+    silent = sum(not mentioned(q.captions.after, q.analogy.kind) for q in questions)
+    assert 0.1 < silent / len(questions) < 0.5
+    names = [[name for name in ATTRIBUTES if mentioned(q.captions.before, name)] for q in questions]
+    others = [[name for name in ATTRIBUTES if mentioned(q.captions.after, name)] for q in questions]
+    assert sum(one != other for one, other in zip(names, others, strict=True)) > 0.5 * len(questions)
+
+
+def test_a_wrong_prompt_is_wrong_about_one_other_attribute_of_a_or_of_a2():
+    sides = set()
+    for question in draw_questions("wrong", [0], 10):
+        analogy, said, wrong = question.analogy, question.captions, []
+        for side, text, scene in (("A", said.before, analogy.before), ("A'", said.after, analogy.after)):
+            for name in ATTRIBUTES:
+                truth = [] if getattr(scene, name) == "nothing" else [getattr(scene, name)]
+                if mentioned(text, name) != truth:
+                    assert len(mentioned(text, name)) == 1 and name != analogy.kind
+                    wrong.append(side)
+        assert len(wrong) == 1
+        sides.update(wrong)
+        assert said.query == describe(analogy.query)
+    assert sides == {"A", "A'"}
+
+
+def test_chance_prompts_are_whole_captions_among_fillers_and_the_oracles_has_the_querys():
+    assert len(OPENINGS) + len(ENDINGS) >= 10
+    found, alike = set(), 0
+    for question in draw_questions("chance", [0], 20):
+        analogy, said = question.analogy, question.captions
+        fillers = []
+        for text, scene in ((said.before, analogy.before), (said.after, analogy.after), (said.query, analogy.query)):
+            opening, caption_, ending = text.partition(describe(scene))
+            assert caption_
+            fillers.append((opening.strip(), ending.strip()))
+            assert fillers[-1][0] in ("", *OPENINGS) and fillers[-1][1] in ("", *ENDINGS)
+        found.update(sum(fillers, ()))
+        alike += fillers[0] == fillers[1]
+        assert said.answer == with_fillers(describe(analogy.target), fillers[2])
+    assert found == {"", *OPENINGS, *ENDINGS}
+    assert alike < 30
+
+
+def test_fillers_leave_room_for_a_difference_in_the_text_encoders_window():
+    tokenizer = build_tokenizer()
+    opening, ending = (max(fillers, key=lambda x: len(tokenizer(x).input_ids)) for fillers in (OPENINGS, ENDINGS))
+    scene = dataclasses.replace(random_scene(random.Random(0)), subject="pine tree", extra="moon", sky="storm")
+    text = with_fillers(describe(dataclasses.replace(scene, style="pencil sketch")), (opening, ending))
+    assert len(tokenizer(text).input_ids) <= tokenizer.model_max_length - 4
+
+
+@pytest.mark.parametrize("setting", ["unsaid", "two-unsaid"])
+def test_prompts_without_the_change_name_what_stays_and_not_what_changes(setting):
+    for question in draw_questions(setting, [0], 10):
+        analogy, said = question.analogy, question.captions
+        assert said.before == said.after
+        for text, scenes in (
+            (said.before, (analogy.before, analogy.after)),
+            (said.query, (analogy.query, analogy.target)),
+        ):
+            for name in ATTRIBUTES:
+                values = set(mentioned(text, name))
+                assert not values if name in analogy.kinds else values <= {getattr(scenes[0], name)}
+
+
+def test_a_question_asked_backwards_changes_as_the_pair_does_from_its_end():
+    forwards, backwards = (draw_questions(setting, [3], 1)[0] for setting in ("loose", "reversed"))
+    assert forwards.change == (forwards.analogy.before, forwards.analogy.after)
+    assert backwards.change == (backwards.analogy.after, backwards.analogy.before)
+    assert backwards.arguments == {"difference_scale": -1}
+    assert judge(render(backwards.analogy.target), backwards.analogy).success

@@ -1,30 +1,54 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Scores the pipeline on fresh image analogies whose right answers are known.
 
-    python examples/storybook/benchmark.py --seed 1 2 --per-kind 20
+    python examples/storybook/benchmark.py --seed 1 2 --per-kind 20 --setting captioner loose
 
-Each analogy is answered from its three pictures alone, with the captioner's prompts and default settings. Beside it
-stand an oracle, which is given the true caption of the answer on the query inverted likewise, and no change at all.
+Each setting asks in its own way, and has its own rows in the tables:
+
+    captioner    the captioner writes the prompts
+    loose        A, A' and B are each described by someone else, who leaves things out, sometimes what changes
+    wrong        the caption of A or of A' is wrong about something that does not change
+    chance       whole captions among a captioner's idle words ("a photo of"), which are others for each picture; the
+                 oracle's caption has those of B's, since Storybook never met such words
+    unsaid       true captions without what changes, so that it can be learned from the pictures alone
+    silent       empty prompts of A and A'; the captioner's of B
+    two          two attributes change at once; the captioner's prompts
+    two-unsaid   the same analogies; true captions without either change
+    reversed     loose captions; B is the picture that has the change, `difference_scale=-1` is to take it back
+    random-rows  loose captions; tokens begin as random rows (`init="random"`)
+    wordless     the change is to a colour or a style half way between two, for which there is no word; the captioner's
+                 prompts
+
+All but the last ask the same analogies, or the same with two changes. Prompts are drawn for each question on its own.
+
+Beside our answer stand the oracle's, which is given the true caption of the right answer and B's own prompt on the query
+inverted likewise, and no change at all. Where no caption is true, a `ceiling` takes the oracle's place: random rows that are
+learned from the query and the right answer itself in 400 steps.
+
 Rates have their 95 % Wilson intervals behind them. `read` is how often the captioner reads the right scene in the answer,
 every word of it: unlike the judge, who compares pixels, it does not mind where things stand or how large they are.
-`direction` is the paper's directional score, by Storybook's CLIP;
-`UNet` is how many latents an answer sends through the UNet, of which those that tokens are learned on come back through
-it as well. The rows `far` are the analogies whose query shares neither subject, ground nor sky with the pair, but for the
-one that changes. `--paper` adds the paper's own configuration, and `--sdedit 0.6 0.8` stock diffusers' image to image at
-these strengths, which is given the true caption as the oracle is. `--instruct FOLDER` adds InstructPix2Pix with the UNet
-that `train.py instruct` wrote there, which is given the true instruction, and `--visii` the instruction that VISII learns
-for it from the pair alone, in 1000 steps. With `--unsaid` the prompts are true captions that leave out what changes, so
-that it can be learned from the pictures alone.
+`direction` is the paper's directional score, by Storybook's CLIP; `UNet` is how many latents an answer sends through the
+UNet, of which those that tokens are learned on come back through it as well. The rows `far` are the analogies whose query
+shares neither subject, ground nor sky with the pair, but for what changes. Where two attributes change, a row's kind is the
+first.
 
-Other settings, several at once on the same analogies, each `--config` one row of the table and a bare one the defaults:
+Several configurations answer the same questions, each `--config` one of them and a bare one the defaults. Another table
+then compares the later ones with the first, question by question:
 
-    python examples/storybook/benchmark.py --seed 301 --config --config num_tokens=8 --config init=zeros guidance_scale=2
+    python examples/storybook/benchmark.py --seed 301 --config --config num_tokens=8 --config num_optimization_steps=0
 
-`--config variant=NAME` is another way of learning, one of those of variants.py.
+What a setting itself asks of the pipeline no configuration changes.
 
-`--output FILE.jsonl` keeps every verdict as it comes, and `--sheet FILE.png` shows the first twelve analogies: A, A', B,
-the answer of each configuration, the oracle's, and the target; `--failures FILE.png` the first twelve that went wrong.
-`accelerate launch --multi_gpu --num_processes 2` in place of `python` shares the analogies out between two GPUs, or, with
+`--paper` adds the paper's own configuration, and `--sdedit 0.6 0.8` stock diffusers' image to image at these strengths,
+which is given the true caption as the oracle is. `--instruct FOLDER` adds InstructPix2Pix with the UNet that `train.py
+instruct` wrote there, which is given the true instruction, and `--visii` the instruction that VISII learns for it from the
+pair alone, in 1000 steps. Those that are told the truth have no rows where it has no words.
+
+`--output FILE.jsonl` keeps every verdict as it comes. What FILE already has of the same questions and methods is not
+answered again and counts in the tables, so that a run that was stopped goes on; use another FILE for another model or
+data type. `--sheet FILE.png` shows the first twelve analogies of the first setting that were answered now: A, A', B, the
+answer of each configuration, the oracle's, and the target; `--failures FILE.png` likewise the first twelve that went wrong.
+`accelerate launch --multi_gpu --num_processes 2` in place of `python` shares the questions out between two GPUs, or, with
 OMP_NUM_THREADS=1 and whatever the option's name says, between two CPU cores. Seeds from 300 on are for choosing settings,
 and those below for reporting them.
 """
@@ -32,7 +56,6 @@ and those below for reporting them.
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -48,10 +71,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from analogies import Analogy, Verdict, judge, random_analogy
+from analogies import Analogy, judge
 from baselines import load_instruct, load_sdedit, visii_instruction
 from diffusers.utils import make_image_grid
 from PIL import Image
+from questions import SETTINGS, Question, draw_questions
 from tqdm import tqdm
 from train import XL_COMPONENTS
 from world import ATTRIBUTES, describe, render, restatement
@@ -61,17 +85,16 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
-from variants import VARIANTS, variant_of  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
 
 
 APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
 NO_CHANGE = "no change"
-VARIANT = "variant"
 # The paper says zeros, alpha and the two weights, but not which is which. The rest it leaves open: tokens, steps, strength
 # and guidance are what this project used with DDIM inversion, and were not searched for this configuration.
 PAPER = {
+    "objective": "consistency",
     "init": "zeros",
     "alpha": 0.8,
     "lambda_clip": 0.01,
@@ -84,33 +107,52 @@ PAPER = {
     "guidance_scale": 2.5,
     "replace_phrases": False,
 }
+CEILING = {"init": "random", "num_optimization_steps": 400, "learning_rate": 0.01}
 SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
 # Of the text's guidance of 2 and 4 and the picture's of 1 and 1.5, these had 22 of the 24 analogies of `--seed 301 --per-kind
 # 4` right, and the others 20 or 21.
 INSTRUCT = {"num_inference_steps": 25, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What one method's answer to one question is worth.
+
+    Attributes:
+        success, kept, psnr: the judge's verdict.
+        read: whether the captioner reads the right scene in the answer; None where no caption is true.
+        direction: directional score, by Storybook's CLIP.
+        evaluations: latents sent through the UNet.
+    """
+
+    success: bool
+    kept: bool
+    psnr: float
+    read: bool | None
+    direction: float
+    evaluations: int
 
 
 @dataclasses.dataclass
 class Answer:
-    """One analogy's pictures and their scores, by method."""
+    """What was made of one question, by method."""
 
-    analogy: Analogy
-    seed: int
-    index: int
-    pictures: dict[str, Image.Image]
-    evaluations: dict[str, int]  # latents sent through the UNet
-    verdicts: dict[str, Verdict]
-    directions: dict[str, float]  # directional scores, by Storybook's CLIP
-    read: dict[str, bool]  # whether the captioner reads the right scene in the answer
+    question: Question
+    said: dict[str, str]  # the prompts, by argument; the captioner's where none is given
+    scores: dict[str, Score]
+    pictures: dict[str, Image.Image]  # none where the scores come from an earlier run
 
 
-def load_pipeline(folder: Path, device: torch.device, xl: Path | None = None) -> DifferenceInversionPipeline:
+def load_pipeline(
+    folder: Path, device: torch.device, xl: Path | None = None, dtype: torch.dtype = torch.float32
+) -> DifferenceInversionPipeline:
     parts = {name: kind.from_pretrained(xl / name) for name, (_, kind) in XL_COMPONENTS.items()} if xl else {}
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
-            part.float()  # they are kept in half precision
-    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=torch.float32, **parts)
+            part.to(dtype)  # they are kept in half precision
+    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -118,14 +160,86 @@ def load_pipeline(folder: Path, device: torch.device, xl: Path | None = None) ->
 # ----------------------------------------------------------------------------------------------------- answering
 
 
-def draw_analogies(seeds: list[int], per_kind: int) -> list[tuple[int, int, Analogy]]:
-    """The same number of every kind from each seed, with the seed and the place in its order."""
-    drawn = []
-    for seed in seeds:
-        rng = random.Random(f"benchmark {seed}")
-        kinds = list(ATTRIBUTES) * per_kind
-        drawn += [(seed, index, random_analogy(rng, kind)) for index, kind in enumerate(kinds)]
-    return drawn
+@dataclasses.dataclass
+class Task:
+    """A question with its pictures, and what answers it."""
+
+    pipe: DifferenceInversionPipeline
+    instruct: torch.nn.Module | None  # InstructPix2Pix, where it is asked too
+    question: Question
+    before: Image.Image
+    after: Image.Image
+    query: Image.Image
+    said: dict[str, str]
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A fresh one, so that every method draws the same noise."""
+        return torch.Generator().manual_seed(self.question.index)
+
+
+def make_task(pipe: DifferenceInversionPipeline, instruct, question: Question) -> Task:
+    analogy = question.analogy
+    pictures = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
+    captions = dict(zip(("before_prompt", "after_prompt", "prompt"), pipe.caption(pictures), strict=True))
+    return Task(pipe, instruct, question, *pictures, said=captions | question.prompts)
+
+
+def ours(task: Task, config: dict) -> Image.Image:
+    asked = config | task.question.prompts | task.question.arguments
+    pair = {"before": task.before, "after": task.after}
+    return task.pipe(image=task.query, **pair, **asked, generator=task.generator).images[0]
+
+
+def oracle(task: Task, config: dict) -> Image.Image:
+    prompts = {"source_prompt": task.said["prompt"], "prompt": task.question.captions.answer}
+    return task.pipe(image=task.query, **prompts, **applying(config), generator=task.generator).images[0]
+
+
+def ceiling(task: Task, config: dict) -> Image.Image:
+    pair = {"before": task.query, "after": render(task.question.analogy.target)}
+    return task.pipe(image=task.query, **pair, **CEILING, **applying(config), generator=task.generator).images[0]
+
+
+def sdedit(task: Task, strength: float) -> Image.Image:
+    asked = {"prompt": task.question.captions.answer, "strength": strength, "guidance_scale": SDEDIT_GUIDANCE_SCALE}
+    return load_sdedit(task.pipe)(image=task.query, **asked, generator=task.generator).images[0]
+
+
+def instruct_pix2pix(task: Task) -> Image.Image:
+    analogy, rng = task.question.analogy, random.Random(task.question.index)
+    told = ", ".join(restatement(analogy.target, kind, analogy.query, rng) for kind in analogy.kinds)
+    return task.instruct(image=task.query, prompt=told, **INSTRUCT, generator=task.generator).images[0]
+
+
+def visii(task: Task) -> Image.Image:
+    """Has no way back, and so learns from the pair in the order in which the query is to change."""
+    before, after = map(render, task.question.change)
+    learned = visii_instruction(task.pipe, task.instruct, before, after, task.generator)
+    return task.instruct(image=task.query, prompt_embeds=learned, **INSTRUCT, generator=task.generator).images[0]
+
+
+def no_change(task: Task) -> Image.Image:
+    return task.query
+
+
+Method = Callable[[Task], Image.Image]
+
+
+def methods(question: Question, options: argparse.Namespace) -> dict[str, Method]:
+    """What answers a question, by the name that it has in the tables."""
+    has_words = question.captions.answer is not None
+    reference, name = (oracle, "oracle") if has_words else (ceiling, "ceiling")
+    asked = {name_of(config): functools.partial(ours, config=config) for config in options.configs}
+    for config in options.configs:
+        asked[reference_name(name, config, options.configs)] = functools.partial(reference, config=config)
+    if has_words:
+        asked |= {f"SDEdit, {s:g}": functools.partial(sdedit, strength=s) for s in options.sdedit}
+    if has_words and options.instruct:
+        asked["InstructPix2Pix"] = instruct_pix2pix
+    if options.visii:
+        asked["VISII"] = visii
+    return asked | {NO_CHANGE: no_change}
 
 
 def name_of(config: dict) -> str:
@@ -138,59 +252,10 @@ def applying(config: dict) -> dict:
     return {name: value for name, value in config.items() if name in APPLYING}
 
 
-def oracle_name(config: dict, configs: list[dict]) -> str:
-    """One oracle for all configurations that apply differences alike."""
+def reference_name(name: str, config: dict, configs: list[dict]) -> str:
+    """One oracle, or ceiling, for all configurations that apply differences alike."""
     alike = all(applying(other) == applying(config) for other in configs)
-    return "oracle" if alike else f"oracle, {name_of(applying(config))}"
-
-
-Method = Callable[[], Image.Image]
-
-
-def methods(pipe: DifferenceInversionPipeline, analogy: Analogy, index: int, options) -> dict[str, Method]:
-    """What draws each method's picture for one analogy, by name."""
-    before, after, query = (render(scene) for scene in (analogy.before, analogy.after, analogy.query))
-    truth, ours, references = describe(analogy.target), {}, {}
-
-    def ask(asked: Callable, **arguments) -> Image.Image:
-        return asked(**arguments, generator=torch.Generator().manual_seed(index)).images[0]
-
-    def ask_visii() -> Image.Image:
-        generator = torch.Generator().manual_seed(index)
-        learned = visii_instruction(pipe, options.instruct, before, after, generator)
-        return ask(options.instruct, image=query, prompt_embeds=learned, **INSTRUCT)
-
-    for config in options.configs:
-        pair = {"image": query, "before": before, "after": after}
-        pair |= unsaid_prompts(analogy) if options.unsaid else {}
-        asked = {name: value for name, value in config.items() if name != VARIANT}
-        learner = variant_of(pipe, config[VARIANT]) if VARIANT in config else pipe
-        ours[name_of(config)] = functools.partial(ask, learner, **pair | asked)
-        words = {"image": query, "source_prompt": pipe.caption([query]), "prompt": truth}
-        references[oracle_name(config, options.configs)] = functools.partial(ask, pipe, **words, **applying(config))
-    for strength in options.sdedit:
-        asked = {"prompt": truth, "image": query, "strength": strength, "guidance_scale": SDEDIT_GUIDANCE_SCALE}
-        references[f"SDEdit, {strength:g}"] = functools.partial(ask, load_sdedit(pipe), **asked)
-    if options.instruct:
-        told = restatement(analogy.target, analogy.kind, analogy.query, random.Random(index))
-        asked = {"prompt": told, "image": query, **INSTRUCT}
-        references["InstructPix2Pix"] = functools.partial(ask, options.instruct, **asked)
-    if options.visii:
-        references["VISII"] = ask_visii
-    return ours | references | {NO_CHANGE: lambda: query}
-
-
-def unsaid_prompts(analogy: Analogy) -> dict[str, str]:
-    """What the captions before and after the change have in common, of the pair and of the query."""
-    pair, query = ((analogy.before, analogy.after), (analogy.query, analogy.target))
-    common = common_words(*map(describe, pair))
-    return {"before_prompt": common, "after_prompt": common, "prompt": common_words(*map(describe, query))}
-
-
-def common_words(before: str, after: str) -> str:
-    before, after = before.split(), after.split()
-    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
-    return " ".join(word for block in blocks for word in before[block.a : block.a + block.size])
+    return name if alike else f"{name}, {name_of(applying(config))}"
 
 
 @contextmanager
@@ -205,25 +270,91 @@ def counted(unets: list[torch.nn.Module]) -> Iterator[list[int]]:
             hook.remove()
 
 
-def answer(pipe, encode: Encoder, seed: int, index: int, analogy: Analogy, options) -> Answer:
-    """Every method's picture for one analogy, and their scores."""
-    known = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
-    result = Answer(analogy, seed, index, {}, {}, {}, {}, {})
+def answer(pipe, encode: Encoder, question: Question, options: argparse.Namespace) -> Answer:
+    """Every method's picture for one question, and their scores."""
+    task = make_task(pipe, options.instruct, question)
+    result = Answer(question, task.said, scores={}, pictures={})
     unets = [asked.unet for asked in (pipe, options.instruct) if asked is not None]
-    for name, make in methods(pipe, analogy, index, options).items():
+    for name, method in methods(question, options).items():
         with counted(unets) as counts:
-            picture = make()
-        result.pictures[name], result.evaluations[name] = picture, sum(counts)
-        result.verdicts[name] = judge(picture, analogy)
-        result.directions[name] = directional_score(encode, *known, picture)
-        result.read[name] = pipe.caption([picture]) == [describe(analogy.target)]
+            picture = method(task)
+        result.scores[name] = score(task, encode, picture, sum(counts))
+        if question.setting == options.setting[0]:  # the sheets show no others
+            result.pictures[name] = picture
     return result
 
 
+def score(task: Task, encode: Encoder, picture: Image.Image, evaluations: int) -> Score:
+    question = task.question
+    before, after = map(render, question.change)
+    read = None
+    if question.captions.answer is not None:
+        read = task.pipe.caption([picture]) == [describe(question.analogy.target)]
+    return Score(
+        **dataclasses.asdict(judge(picture, question.analogy)),
+        read=read,
+        direction=directional_score(encode, before, after, task.query, picture),
+        evaluations=evaluations,
+    )
+
+
 def is_far(analogy: Analogy) -> bool:
-    """Whether the query shares neither subject, ground nor sky with the pair, but for the one that changes."""
-    others = {"subject", "ground", "sky"} - {analogy.kind}
+    """Whether the query shares neither subject, ground nor sky with the pair, but for what changes."""
+    others = {"subject", "ground", "sky"} - set(analogy.kinds)
     return all(getattr(analogy.query, name) != getattr(analogy.before, name) for name in others)
+
+
+# ------------------------------------------------------------------------------------------- what is kept of answers
+
+
+def json_record(a: Answer) -> dict:
+    question = a.question
+    return {
+        "setting": question.setting,
+        "seed": question.seed,
+        "index": question.index,
+        "far": is_far(question.analogy),
+        **dataclasses.asdict(question.analogy),
+        "prompts": a.said,
+        "methods": {name: dataclasses.asdict(score) for name, score in a.scores.items()},
+    }
+
+
+def read_answers(path: Path | None, questions: list[Question], options: argparse.Namespace) -> list[Answer]:
+    """The answers that an earlier run left in a file, in no order; of several to one question the last.
+
+    Counted are those to the same questions, word for word, that have all the methods that are asked now.
+    """
+    if path is None or not path.is_file():
+        return []
+    asked, found = {question.place: question for question in questions}, {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a run was stopped while it wrote
+            continue
+        question = asked.get(tuple(record.get(name) for name in ("setting", "seed", "index")))
+        earlier = question and earlier_answer(record, question, list(methods(question, options)))
+        if earlier:
+            found[question.place] = earlier
+    return list(found.values())
+
+
+def earlier_answer(record: dict, question: Question, names: list[str]) -> Answer | None:
+    """The answer that a line of the file holds, if it is one to this question by all these methods."""
+    same_scenes = json.loads(json.dumps(dataclasses.asdict(question.analogy))).items() <= record.items()
+    same_prompts = question.prompts.items() <= record["prompts"].items()
+    if not same_scenes or not same_prompts or not set(names) <= set(record["methods"]):
+        return None
+    scores = {name: Score(**record["methods"][name]) for name in names}
+    return Answer(question, record["prompts"], scores, pictures={})
+
+
+def end_last_line(path: Path) -> None:
+    """So that what is written next begins a line, even if a run was stopped while it wrote."""
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        with open(path, "a") as lines:
+            lines.write("\n")
 
 
 # ----------------------------------------------------------------------------------------------------- reporting
@@ -242,39 +373,120 @@ def rate_cell(outcomes: Iterable[bool]) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(rate, *wilson(rate, len(outcomes)))
 
 
-def table(answers: list[Answer]) -> str:
-    """Rates and means by kind of change and method, in Markdown."""
-    lines = ["| kind | n | method | success | kept | read | PSNR | direction | UNet |", "|---" * 9 + "|"]
-    for kind in ("all", "far", *ATTRIBUTES):
-        chosen = [a for a in answers if kind in ("all", a.analogy.kind) or kind == "far" and is_far(a.analogy)]
-        for method in chosen[0].verdicts if chosen else ():
-            verdicts = [a.verdicts[method] for a in chosen]
-            success, kept = rate_cell(v.success for v in verdicts), rate_cell(v.kept for v in verdicts)
-            read = statistics.mean(a.read[method] for a in chosen)
-            psnr = statistics.mean(v.psnr for v in verdicts)
-            direction = statistics.mean(a.directions[method] for a in chosen)
-            evaluations = statistics.mean(a.evaluations[method] for a in chosen)
-            cells = [kind, len(chosen), method, success, kept, f"{read:.2f}"]
-            cells += [f"{psnr:.1f} dB", f"{direction:.2f}", f"{evaluations:.0f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def newcombe(first: list[bool], second: list[bool]) -> tuple[float, float, float]:
+    """How much more often the second of two paired outcomes is true than the first, and the 95 % interval of that.
+
+    Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data"
+    (1998), method 10.
+    """
+    count, pairs = len(first), list(zip(first, second, strict=True))
+    rates = [sum(outcomes) / count for outcomes in (first, second)]
+    (low_1, high_1), (low_2, high_2) = (wilson(rate, count) for rate in rates)
+    both, neither = pairs.count((True, True)), pairs.count((False, False))
+    only_1, only_2 = pairs.count((True, False)), pairs.count((False, True))
+    # The correlation of the two, drawn towards zero.
+    agreement = both * neither - only_1 * only_2
+    if agreement > 0:
+        agreement = max(0.0, agreement - count / 2)
+    spread = ((both + only_1) * (neither + only_2) * (both + only_2) * (neither + only_1)) ** 0.5
+    correlation = agreement / spread if spread else 0.0
+
+    def distance(one: float, other: float) -> float:
+        return (one * one - 2 * correlation * one * other + other * other) ** 0.5
+
+    difference = rates[1] - rates[0]
+    below = distance(rates[1] - low_2, high_1 - rates[0])
+    above = distance(high_2 - rates[1], rates[0] - low_1)
+    return difference, difference - below, difference + above
 
 
-def json_line(a: Answer) -> str:
-    scores = {
-        name: dataclasses.asdict(verdict)
-        | {"read": a.read[name], "direction": a.directions[name], "evaluations": a.evaluations[name]}
-        for name, verdict in a.verdicts.items()
-    }
-    place = {"seed": a.seed, "index": a.index, "far": is_far(a.analogy)}
-    return json.dumps({**place, **dataclasses.asdict(a.analogy), "methods": scores}) + "\n"
+def mean_difference_cell(first: list[float], second: list[float]) -> str:
+    """The mean of paired differences with its 95 % interval, by the normal distribution."""
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.1f} dB"
+    return f"{mean:+.1f} ± {Z * statistics.stdev(differences) / len(differences) ** 0.5:.1f} dB"
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+COLUMNS = ["success", "kept", "read", "PSNR", "direction", "UNet"]
+
+
+def cells(scores: list[Score]) -> list[str]:
+    """The rates and means of COLUMNS."""
+    read = [s.read for s in scores if s.read is not None]
+    return [
+        rate_cell(s.success for s in scores),
+        rate_cell(s.kept for s in scores),
+        f"{statistics.mean(read):.2f}" if read else "–",
+        f"{statistics.mean(s.psnr for s in scores):.1f} dB",
+        f"{statistics.mean(s.direction for s in scores):.2f}",
+        f"{statistics.mean(s.evaluations for s in scores):.0f}",
+    ]
+
+
+def by_setting(answers: list[Answer]) -> dict[str, list[Answer]]:
+    settings = dict.fromkeys(a.question.setting for a in answers)
+    return {setting: [a for a in answers if a.question.setting == setting] for setting in settings}
+
+
+def summary_table(answers: list[Answer]) -> str:
+    """Rates and means by setting and method, in Markdown."""
+    rows = [
+        [setting, method, len(chosen), *cells([a.scores[method] for a in chosen])]
+        for setting, chosen in by_setting(answers).items()
+        for method in chosen[0].scores
+    ]
+    return markdown(["setting", "method", "n", *COLUMNS], rows)
+
+
+def comparison_table(answers: list[Answer], names: list[str]) -> str:
+    """How much better each later configuration does than the first on the same questions, in Markdown."""
+    rows = []
+    for setting, chosen in by_setting(answers).items():
+        first = [a.scores[names[0]] for a in chosen]
+        for name in names[1:]:
+            second = [a.scores[name] for a in chosen]
+            success = newcombe([s.success for s in first], [s.success for s in second])
+            psnr = mean_difference_cell([s.psnr for s in first], [s.psnr for s in second])
+            rows.append([setting, name, len(chosen), "{:+.2f} ({:+.2f} to {:+.2f})".format(*success), psnr])
+    return markdown(["setting", f"against {names[0]}", "n", "success", "PSNR"], rows)
+
+
+def kind_table(answers: list[Answer]) -> str:
+    """Rates and means by setting, kind of change and method, in Markdown."""
+    rows = []
+    for setting, own in by_setting(answers).items():
+        for kind in ("far", *ATTRIBUTES):
+            chosen = [a for a in own if is_of_kind(a.question.analogy, kind)]
+            for method in chosen[0].scores if chosen else ():
+                rows.append([setting, kind, len(chosen), method, *cells([a.scores[method] for a in chosen])])
+    return markdown(["setting", "kind", "n", "method", *COLUMNS], rows)
+
+
+def is_of_kind(analogy: Analogy, kind: str) -> bool:
+    return is_far(analogy) if kind == "far" else analogy.kind == kind
+
+
+def report(answers: list[Answer], configs: list[dict]) -> str:
+    """All tables; questions are in each setting's order."""
+    tables = [summary_table(answers)]
+    if len(configs) > 1:
+        tables.append(comparison_table(answers, [name_of(config) for config in configs]))
+    return "\n\n".join([*tables, kind_table(answers)])
 
 
 def make_sheet(answers: list[Answer]) -> Image.Image:
     """A, A', B, the answers, the oracle's and the target; an analogy to a row, or two where there is room."""
     rows = []
     for a in answers:
-        before, after, query, target = (render(getattr(a.analogy, x)) for x in ("before", "after", "query", "target"))
+        analogy = a.question.analogy
+        before, after, query, target = map(render, (analogy.before, analogy.after, analogy.query, analogy.target))
         answered = [picture for method, picture in a.pictures.items() if method != NO_CHANGE]
         rows.append([before, after, query, *answered, target])
     if len(rows[0]) == 6 and len(rows) % 2 == 0:
@@ -282,13 +494,20 @@ def make_sheet(answers: list[Answer]) -> Image.Image:
     return make_image_grid(sum(rows, []), rows=len(rows), cols=len(rows[0]))
 
 
+def save_sheets(answers: list[Answer], options: argparse.Namespace) -> None:
+    """Of the answers that have pictures."""
+    shown = [a for a in answers if a.pictures]
+    failed = [a for a in shown if not next(iter(a.scores.values())).success]
+    for path, chosen in ((options.sheet, shown), (options.failures, failed)):
+        if path and chosen:
+            make_sheet(chosen[:12]).save(path)
+
+
 # ---------------------------------------------------------------------------------------------------------- main
 
 
-def parse_setting(text: str) -> tuple[str, object]:
+def parse_argument(text: str) -> tuple[str, object]:
     name, _, value = text.partition("=")
-    if name == VARIANT and value in VARIANTS:
-        return name, value
     if name not in inspect.signature(DifferenceInversionPipeline.__call__).parameters:
         raise argparse.ArgumentTypeError(f"the pipeline has no argument {name!r}")
     try:
@@ -297,10 +516,13 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the analogies; several are run together")
     parser.add_argument("--per-kind", type=int, default=20, help="analogies of each of the six kinds from each seed")
+    parser.add_argument(
+        "--setting", nargs="+", default=["captioner"], choices=SETTINGS, metavar="NAME", help=", ".join(SETTINGS)
+    )
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument(
         "--xl",
@@ -310,61 +532,64 @@ def parse_options() -> argparse.Namespace:
         metavar="FOLDER",
         help="Storybook-XL, whose own parts lie there beside those of --model",
     )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all models")
     parser.add_argument(
         "--config",
         action="append",
         nargs="*",
-        type=parse_setting,
+        type=parse_argument,
         metavar="NAME=VALUE",
         help="arguments of the pipeline; give it again for another configuration, bare for the defaults",
     )
     parser.add_argument("--paper", action="store_true", help="adds the paper's own configuration")
-    parser.add_argument("--unsaid", action="store_true", help="gives prompts that leave out what changes")
     parser.add_argument("--sdedit", type=float, nargs="+", default=[], metavar="STRENGTH", help="SDEdit's, 0 to 1")
     parser.add_argument("--others-only", action="store_true", help="leaves out our own answers and the oracle's")
     parser.add_argument("--instruct", type=Path, metavar="FOLDER", help="the UNet that `train.py instruct` wrote")
     parser.add_argument("--visii", action="store_true", help="adds VISII, a minute or more an analogy on a CPU")
-    parser.add_argument("--output", type=Path, help="a JSON line for each analogy")
-    parser.add_argument("--sheet", type=Path, help="the first twelve analogies as one picture")
+    parser.add_argument("--output", type=Path, help="a JSON line for each question; those in it are not asked again")
+    parser.add_argument("--sheet", type=Path, help="the first setting's first twelve analogies as one picture")
     parser.add_argument("--failures", type=Path, help="the first twelve where the first row's method failed, likewise")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.visii and not options.instruct:
         parser.error("--visii learns an instruction for the UNet of --instruct; give that too")
+    if options.visii and options.dtype != "float32":
+        parser.error("--visii learns in steps that are lost in --dtype bfloat16")
     if options.others_only and (options.config or options.paper):
         parser.error("--others-only leaves out what --config and --paper ask for")
     configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
     options.configs = [] if options.others_only else configs
+    options.setting = list(dict.fromkeys(options.setting))
     return options
 
 
 def main() -> None:
     options, state = parse_options(), PartialState(cpu=not torch.cuda.is_available())
-    pipe = load_pipeline(options.model, state.device, options.xl)
-    options.instruct = options.instruct and load_instruct(pipe, options.instruct)
+    dtype = DTYPES[options.dtype]
+    pipe = load_pipeline(options.model, state.device, options.xl, dtype)
+    options.instruct = options.instruct and load_instruct(pipe, options.instruct).to(dtype)
     encode = encoder_of(pipe.clip, pipe.clip_processor.image_processor)
-    analogies = draw_analogies(options.seed, options.per_kind)
-    output = options.output or os.devnull
-    if state.is_main_process:
-        open(output, "w").close()
+    questions = [q for setting in options.setting for q in draw_questions(setting, options.seed, options.per_kind)]
+    earlier = read_answers(options.output, questions, options)
+    state.wait_for_everyone()  # all have read before anyone writes
+    if state.is_main_process and options.output:
+        end_last_line(options.output)
     state.wait_for_everyone()
+    known = {a.question.place for a in earlier}
+    left = [question for question in questions if question.place not in known]
+    # Dealt out like cards, so that the first questions are answered first, and every process gets every kind.
+    mine = left[state.process_index :: state.num_processes]
     start, answers = time.monotonic(), []
-    # Dealt out like cards, so that the first analogies are answered first, and every process gets every kind.
-    mine = analogies[state.process_index :: state.num_processes]
-    with open(output, "a", buffering=1) as lines:
-        for seed, index, analogy in tqdm(mine, disable=not state.is_main_process):
-            answers.append(answer(pipe, encode, seed, index, analogy, options))
-            lines.write(json_line(answers[-1]))
+    with open(options.output or os.devnull, "a", buffering=1) as lines:
+        for question in tqdm(mine, disable=not state.is_main_process):
+            answers.append(answer(pipe, encode, question, options))
+            lines.write(json.dumps(json_record(answers[-1])) + "\n")
     seconds = (time.monotonic() - start) / max(1, len(answers))
-    answers = sorted(gather_object(answers), key=lambda a: (options.seed.index(a.seed), a.index))
+    order = {question.place: number for number, question in enumerate(questions)}
+    answers = sorted([*earlier, *gather_object(answers)], key=lambda a: order[a.question.place])
     if state.is_main_process:
-        prompts = "prompts that leave out what changes" if options.unsaid else "the captioner's prompts"
-        print(f"seeds {options.seed}; {prompts}; {seconds:.1f} s an analogy and process\n\n{table(answers)}")
-        if options.sheet:
-            make_sheet(answers[:12]).save(options.sheet)
-        first = next(iter(answers[0].verdicts))
-        failed = [a for a in answers if not a.verdicts[first].success]
-        if options.failures and failed:
-            make_sheet(failed[:12]).save(options.failures)
+        print(f"seeds {options.seed}; {seconds:.1f} s an analogy and process; {len(earlier)} were answered before\n")
+        print(report(answers, options.configs))
+        save_sheets(answers, options)
     state.destroy_process_group()
 
 

@@ -23,13 +23,17 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "extra": ("nothing", "rainbow", "moon", "balloon"),
     "style": ("painting", "pixel art", "pencil sketch"),
 }
+BLEND = "+"  # joins two values that a picture is half way between, as in "red+yellow"; no caption names such a value
 PICTURE_SIZE = 128  # pixels, width and height
 SUPERSAMPLING = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One landscape. `x`, `size` and `horizon` are fractions of the picture's side; the origin is top left."""
+    """One landscape. `x`, `size` and `horizon` are fractions of the picture's side; the origin is top left.
+
+    `color` and `style` may also be a blend of two values, as in "red+yellow": see `render`.
+    """
 
     subject: str
     color: str
@@ -77,9 +81,12 @@ def describe(scene: Scene) -> str:
     return " ".join(filter(None, [f"a {scene.color} {scene.subject}", *places])) + f", {scene.style}"
 
 
-def _loose_caption(scene: Scene, rng: random.Random, always: tuple[str, ...] = ()) -> str:
-    """Some of the attributes, in some order. An extra that is there is nearly always named, so that silence about
-    extras means that there is none, as in captions that people write."""
+def loose_caption(scene: Scene, rng: random.Random, always: tuple[str, ...] = ()) -> str:
+    """Some of the attributes, in some order; sometimes none, and the caption is empty.
+
+    An extra that is there is nearly always named, so that silence about extras means that there is none, as in captions
+    that people write. Those in `always` are named for certain.
+    """
     keep = {"subject": 0.9, "color": 0.75, "ground": 0.75, "sky": 0.75, "extra": 0.95, "style": 0.7}
     named = {attribute for attribute in ATTRIBUTES if attribute in always or rng.random() < keep[attribute]}
     if "subject" in named:
@@ -117,11 +124,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
     The subject is put right most often, because a noun at the end is the hardest to hear: it could be one thing more.
     """
     if rng.random() >= 0.4:
-        return _loose_caption(scene, rng)
+        return loose_caption(scene, rng)
     restated = ["subject"] if rng.random() < 0.4 else rng.sample(list(ATTRIBUTES), rng.choice((1, 1, 1, 2)))
     wrong = {a: rng.choice([v for v in ATTRIBUTES[a] if v != getattr(scene, a)]) for a in restated}
     said = dataclasses.replace(scene, **wrong)
-    first = describe(said) if rng.random() < 0.6 else _loose_caption(said, rng, always=tuple(restated))
+    first = describe(said) if rng.random() < 0.6 else loose_caption(said, rng, always=tuple(restated))
     corrections = [restatement(scene, attribute, said, rng) for attribute in restated]
     return rng.choice((", ", " ")).join([first, *corrections])
 
@@ -156,6 +163,12 @@ _RAINBOW = ((228, 60, 56), (248, 150, 50), (250, 222, 70), (90, 186, 90), (70, 1
 def _lit(color: tuple[int, int, int], sky: str, share: float = 1.0) -> tuple[int, int, int]:
     """A colour under the sky's light; `share` is how much of that light reaches it."""
     return tuple(round(c * (1 - share + share * light)) for c, light in zip(color, _LIGHT[sky], strict=True))
+
+
+def _main_color(value: str) -> tuple[int, int, int]:
+    """The colour of the subject's main part; of a blend, the mean of its two colours."""
+    channels = zip(*(_COLORS[name] for name in value.split(BLEND)), strict=True)
+    return tuple(round(sum(channel) / len(channel)) for channel in channels)
 
 
 class _Canvas:
@@ -275,7 +288,7 @@ def _draw_ground(canvas: _Canvas, scene: Scene) -> None:
 def _draw_subject(canvas: _Canvas, scene: Scene) -> None:
     """The subject stands on the ground line `horizon + 0.15`; all offsets are in units of its size."""
     size, base = scene.size, scene.horizon + 0.15
-    color = _lit(_COLORS[scene.color], scene.sky, share=0.35)
+    color = _lit(_main_color(scene.color), scene.sky, share=0.35)
 
     def at(dx: float, dy: float) -> tuple[float, float]:
         return scene.x + dx * size, base - dy * size
@@ -374,7 +387,13 @@ def _pencil_sketch(large: Image.Image, picture: Image.Image) -> Image.Image:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws a scene as a 128×128 RGB picture."""
+    """Draws a scene as a 128×128 RGB picture.
+
+    A blend of two colours is their mean, and a blend of two styles the mean of the two pictures.
+    """
+    if BLEND in scene.style:
+        first, second = (render(dataclasses.replace(scene, style=style)) for style in scene.style.split(BLEND))
+        return Image.blend(first, second, 0.5)
     canvas = _Canvas()
     _draw_sky(canvas, scene)
     _draw_extra(canvas, scene)
