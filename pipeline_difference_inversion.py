@@ -27,7 +27,6 @@ and Isolate the Difference with Token Consistency for Image Analogy Generation")
 """
 
 import datetime
-import difflib
 import hashlib
 import inspect
 import math
@@ -39,7 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -84,13 +83,22 @@ FILE_FORMAT = "difference-tokens"
 FILE_FORMAT_VERSION = 1
 DEFAULT_TOKEN = "<difference>"
 TWO_ENCODER_TOKENS = ("clip_l", "clip_g")  # as SDXL's embeddings are named in other programs' files
-NUM_PROBE_SAMPLES = 8  # noises and time steps that tokens are judged on
-NUM_WORD_CANDIDATES = 8  # words of CLIP's that the UNet chooses from
+NUM_PROBE_SAMPLES = 8  # (noise, time step) pairs that tokens are judged on
+NUM_EVIDENCE_SAMPLES = 6  # (noise, time step) pairs that a word is judged on
+EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
+NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
+NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
+NUM_COMPLETION_WORDS = 8  # vocabulary words that CLIP proposes for a query
+NUM_COMPLETION_SAMPLES = 4  # (noise, time step) pairs that they are judged on
+NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
 NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
-NUM_REVISION_SAMPLES = 4  # noises and time steps that it judges by, and prompts that it judges at once
-# How much it counts that a word draws A badly. On 48 pairs of Storybook the word was right 45 times at 0, 48 times at
-# 0.25, 0.5 and 0.75, and 47 times at 1; the nearest to CLIP was right 40 times.
-WORD_CONTRAST = 0.5
+NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, when a hard prompt is revised
+# A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
+# than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
+LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.03
+NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
+CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
+LEAST_SHARED_GAIN = 0.03  # relative gain on both pictures with which a word belongs to the prompt of both
 # Of each step's noise, with `inversion="ddpm"`. Against 1, answers on Storybook were as often right, and nearer to the right
 # pictures by 0.5 ± 0.3 dB (56 analogies of three seeds).
 DDPM_ETA = 0.5
@@ -111,7 +119,7 @@ RANDOM_INIT_SCALE = 3.0
 PROMPT_ARGUMENTS = ("images", "height", "width", "generator")  # of what writes prompts, which a call has of its own
 QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
 # Words are nearly there, and steps that take random rows to their place in time lead them away from theirs.
-LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 1e-3
+LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 3e-3
 
 # The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
 MATCHING_CLIP = {
@@ -235,6 +243,42 @@ def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambd
     return errors[0] + lambda_before * errors[1:].sum()
 
 
+def change_weights(before_latents: torch.Tensor, after_latents: torch.Tensor) -> torch.Tensor:
+    """How much each place counts when two pictures are compared: the distance between their latents there.
+
+    What did not change then hardly adds noise to the comparison. This is ours, not the paper's.
+
+    Args:
+        before_latents, after_latents: (batch, channels, height, width).
+
+    Returns:
+        Weights (batch, 1, height, width) with a mean of 1; all 1 where the pictures are the same.
+    """
+    distance = (after_latents.float() - before_latents.float()).square().mean(1, keepdim=True).sqrt()
+    mean = distance.mean((-2, -1), keepdim=True)
+    return torch.where(mean > 0, distance / mean.clamp(min=1e-8), torch.ones_like(distance))
+
+
+def weighted_errors(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean squared errors of predictions (..., channels, height, width), by place weighted, (...)."""
+    return ((prediction.float() - target.float()).square().mean(-3) * weights.squeeze(-3)).mean((-2, -1))
+
+
+def contrast_loss(after_gain: torch.Tensor, before_gain: torch.Tensor, lambda_contrast: float) -> torch.Tensor:
+    """What the tokens do for A', less what they do for A as well. This is ours, in place of equation 7.
+
+    Under L_after alone, tokens earn by describing anything that A' shows and the prompt leaves out. Here, what A and A'
+    share earns nothing, since it helps both. Making A worse earns nothing either, so that tokens stay near what A' needs.
+
+    Args:
+        after_gain: how much smaller the UNet's error on A' is with the tokens than without, relative to the error
+            without, (samples,).
+        before_gain: the same for A, under the same prompt, noises and time steps.
+        lambda_contrast: weight of the gain on A; 1 makes shared content worthless.
+    """
+    return (lambda_contrast * before_gain.clamp(min=0) - after_gain).mean()
+
+
 class Vocabulary:
     """Rows (words, dim) that tokens may be, and their directions, which are too many to be found again at each step."""
 
@@ -259,34 +303,29 @@ class Vocabulary:
 # ------------------------------------------------------------------------------------------------------ prompts
 
 
-def changed_phrases(before: str, after: str) -> tuple[list[str], list[str]]:
-    """What only one of two prompts says: the runs of words that `after` lost, and those that it gained, in order.
-
-    Runs of nothing but signs and words like "with" and "the" are left out: they say nothing of the pictures.
-    """
-    # Names in angle brackets are textual inversions'.
-    first, second = (re.findall(r"<[^<>\s]+>|\w+|[^\w\s]", prompt.lower()) for prompt in (before, after))
-    lost, gained = [], []
-    for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, first, second, False).get_opcodes():
-        if kind != "equal":
-            lost.append(first[start:end])
-            gained.append(second[new_start:new_end])
-    lost, gained = ([" ".join(run) for run in side if any(map(_says_something, run))] for side in (lost, gained))
-    return lost, gained
+def split_words(prompt: str) -> list[str]:
+    """A prompt's words and signs in lower case; names in angle brackets are textual inversions."""
+    return re.findall(r"<[^<>\s]+>|\w+|[^\w\s]", prompt.lower())
 
 
 def _says_something(word: str) -> bool:
     return word not in FUNCTION_WORDS and any(map(str.isalnum, word))
 
 
-def common_phrases(phrases: Sequence[list[str]]) -> list[str]:
-    """The first list's phrases, cut where a word is that another list has nowhere."""
-    words = [set(" ".join(line).split()) for line in phrases]
-    common = []
-    for phrase in phrases[0]:
-        runs = groupby(phrase.split(), key=lambda word: all(word in w for w in words))
-        common += [list(run) for everywhere, run in runs if everywhere]
-    return [" ".join(run) for run in common if any(map(_says_something, run))]
+def unshared_words(prompt: str, other: str) -> list[str]:
+    """Words that say something and that only the first of two prompts has, each once, in its order."""
+    known = set(split_words(other))
+    return [word for word in dict.fromkeys(split_words(prompt)) if _says_something(word) and word not in known]
+
+
+def shared_prompt(before: str, after: str) -> str:
+    """What two prompts both say, in the first one's order. Function words and signs stay if the next word does."""
+    words, known, shared = split_words(before), set(split_words(after)), []
+    for word in reversed(words):
+        follows = _says_something(word) or (shared and shared[-1] is not None)
+        shared.append(word if word in known and follows else None)
+    text = " ".join(word for word in reversed(shared) if word is not None)
+    return re.sub(r"\s+([,.;:!?])", r"\1", text)
 
 
 def _spaced(word: str, following: str) -> str:
@@ -302,6 +341,110 @@ def without_phrases(prompt: str, phrases: Sequence[str]) -> str:
         whole = rf"(?:(?<!\w)|(?=\W)){pattern}(?:(?!\w)|(?<=\W))\s*"
         prompt = re.sub(whole, "", prompt, flags=re.IGNORECASE)
     return prompt.strip()
+
+
+# ------------------------------------------------------------------------------------------------- word search
+
+
+class WordSearch:
+    """Sorts words by what the UNet says of them: gained by A', lost by A, or shared by both.
+
+    A word that was gained makes the UNet draw A worse, and A' no worse; a word that was lost does the reverse; a shared
+    word helps both. Each picture is judged under the words that were found for it so far, so that a quiet change is heard
+    beside a loud one. This is ours, not the paper's.
+
+    Args:
+        errors: `errors(phrases, picture)` gives the UNet's errors (phrases, samples) on A (picture 0) or A' (picture 1),
+            with each phrase after what the prompts of the pair share; relative to those without a phrase.
+    """
+
+    def __init__(self, errors: Callable[[list[str], int], torch.Tensor]):
+        self.errors = errors
+        self.shared: list[str] = []
+        self.found: tuple[list[str], list[str]] = ([], [])  # what A lost, what A' gained
+        self._known: dict[tuple[str, int], torch.Tensor] = {}
+
+    def run(self, candidates: Sequence[str], may_be_shared: Sequence[str], most: int) -> None:
+        """Fills `found` with up to `most` words a side, and `shared` with words of `may_be_shared`."""
+        candidates, refused = list(dict.fromkeys(candidates)), set()
+        for _ in range(NUM_SEARCH_ROUNDS):
+            known = {*self.shared, *self.found[0], *self.found[1], *refused}
+            candidates = [word for word in candidates if word not in known]
+            if not candidates:
+                return
+            gains = self.gains(candidates, self.found)  # [words, 2]
+            scores = [self.evidence(gains[:, side], gains[:, 1 - side]) for side in (0, 1)]
+            accepted = False
+            for side in (1, 0):
+                best = int(scores[side].argmax())
+                if scores[side][best].isfinite() and len(self.found[side]) < most:
+                    self.found[side].append(candidates[best])
+                    accepted = True
+            both = gains.amin(1)
+            said = torch.tensor([word in may_be_shared for word in candidates], device=both.device)
+            best = int(torch.where(said, both, -torch.inf).argmax())
+            if said[best] and both[best] > LEAST_SHARED_GAIN:
+                self.shared.append(candidates[best])
+                accepted = True
+            if not accepted:
+                return
+            refused |= self.drop_refuted()
+            # Words that are far from telling are not tried again.
+            promising = torch.stack([*(torch.minimum(gains[:, s], -gains[:, 1 - s]) for s in (0, 1)), both])
+            kept = set(promising.topk(min(4, len(candidates))).indices.flatten().tolist())
+            kept |= {i for score in scores for i in score.isfinite().nonzero().flatten().tolist()}
+            candidates = [word for i, word in enumerate(candidates) if i in kept]
+
+    @staticmethod
+    def evidence(gain: torch.Tensor, other_gain: torch.Tensor) -> torch.Tensor:
+        """How well words (words,) hold for a picture and not for the other; -inf for those that do not."""
+        contrast = -other_gain
+        holds = (contrast > LEAST_CONTRAST) & (gain > -MOST_HARM_SHARE * contrast) & (gain > -MOST_HARM)
+        return torch.where(holds, gain + 0.25 * contrast.clamp(max=1), -torch.inf)
+
+    def gains(self, words: Sequence[str], found: tuple[list[str], list[str]]) -> torch.Tensor:
+        """How much better each picture is drawn with each word after those found, (words, 2)."""
+        columns = []
+        for picture in (0, 1):
+            phrases = [[*self.shared, *found[picture], *more] for more in ([], *([word] for word in words))]
+            without, *with_word = self._errors([" ".join(phrase) for phrase in phrases], picture)
+            columns.append(torch.stack([(without - errors).mean() for errors in with_word]))
+        return torch.stack(columns, dim=1)
+
+    def _errors(self, phrases: list[str], picture: int) -> list[torch.Tensor]:
+        new = [phrase for phrase in dict.fromkeys(phrases) if (phrase, picture) not in self._known]
+        if new:
+            self._known.update({(p, picture): e for p, e in zip(new, self.errors(new, picture), strict=True)})
+        return [self._known[phrase, picture] for phrase in phrases]
+
+    def drop_refuted(self) -> set[str]:
+        """Takes back words that help the other picture too, or harm their own, now that others stand beside them."""
+        dropped: set[str] = set()
+        while True:
+            worst, refuted = 0.0, None
+            for side in (0, 1):
+                for word in self.found[side]:
+                    others = tuple([w for w in words if w != word] for words in self.found)
+                    gain, other_gain = self.gains([word], others)[0, [side, 1 - side]].tolist()
+                    if (gain < -MOST_HARM or other_gain > max(0.01, 0.5 * gain)) and min(gain, -other_gain) < worst:
+                        worst, refuted = min(gain, -other_gain), (side, word)
+            if refuted is None:
+                return dropped
+            self.found[refuted[0]].remove(refuted[1])
+            dropped.add(refuted[1])
+
+    def order(self, prompts: tuple[str, str]) -> None:
+        """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""
+        for side, words in enumerate(self.found):
+            places = split_words(prompts[side])
+            if all(word in places for word in words):
+                words.sort(key=places.index)
+                continue
+            for i in range(len(words) - 1):
+                swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
+                as_is, other = self._errors([" ".join([*self.shared, *order]) for order in (words, swapped)], side)
+                if other.mean() < as_is.mean():
+                    words[:] = swapped
 
 
 # ------------------------------------------------------------------------------------------- difference tokens
@@ -333,6 +476,8 @@ class DifferenceTokens:
         for first, second in (("before_prompt", "after_prompt"), ("lost_phrases", "gained_phrases")):
             if scale < 0 and {first, second} <= metadata.keys():
                 metadata[first], metadata[second] = metadata[second], metadata[first]
+        if scale < 0:
+            metadata["negated"] = str(metadata.get("negated") != "True")
         if scale == 0:
             metadata.pop("lost_phrases", None)
             metadata.pop("gained_phrases", None)
@@ -922,6 +1067,48 @@ class _Condition:
 
 
 @dataclass
+class _Guidance:
+    """Whose predictions are mixed, and in which shares: the prompts on the way to the whole change, one a prompt each.
+
+    Attributes:
+        stages: prompts without a change, after the first of them, and so on to all of them.
+        shares: how much of each stage, with a sum of 1.
+        own: what describes the query.
+        baseline: what guidance leads away from.
+    """
+
+    stages: list[_Condition]
+    shares: list[float]
+    own: _Condition
+    baseline: _Condition
+
+    def repeat(self, count: int) -> "_Guidance":
+        """Each prompt `count` times in a row."""
+        repeated = {id(c): c.repeat(count) for c in (*self.stages, self.own, self.baseline)}  # the same stays the same
+        stages = [repeated[id(stage)] for stage in self.stages]
+        return _Guidance(stages, self.shares, repeated[id(self.own)], repeated[id(self.baseline)])
+
+    def weights(self, guidance_scale: float) -> list[tuple[float, _Condition]]:
+        """What to mix at a guidance scale, leaving out what has no share."""
+        mixed = [(guidance_scale * share, stage) for share, stage in zip(self.shares, self.stages, strict=True)]
+        if self.baseline is self.stages[0]:  # added up, since two calls of the UNet would only add rounding
+            mixed[0] = (mixed[0][0] + 1 - guidance_scale, self.baseline)
+        else:
+            mixed.append((1 - guidance_scale, self.baseline))
+        return [(weight, condition) for weight, condition in mixed if weight != 0]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One difference as it is applied: its rows (num_tokens, dim), the phrases of the prompt that they replace, and how far
+    to go, at least 0."""
+
+    rows: torch.Tensor
+    phrases: list[str]
+    degree: float
+
+
+@dataclass
 class _Example:
     """One before/after pair, ready for the UNet: latents (1, 4, h, w) and prompts."""
 
@@ -933,10 +1120,19 @@ class _Example:
 
 @dataclass
 class _Draw:
-    """Noises (samples, 4, h, w) and time steps (samples,), the same for the two directions of the loss."""
+    """Noises (samples, 4, h, w) and time steps (samples,), the same for both pictures of a pair.
+
+    `references` (2, samples) are the UNet's errors on A and A' without tokens, where a loss compares with them.
+    """
 
     noise: torch.Tensor
     timesteps: torch.Tensor
+    references: Optional[torch.Tensor] = None
+
+    def part(self, indices: torch.Tensor) -> "_Draw":
+        """Some of the samples."""
+        references = None if self.references is None else self.references[:, indices]
+        return _Draw(self.noise[indices], self.timesteps[indices], references)
 
 
 @dataclass
@@ -965,6 +1161,8 @@ class _Settings:
     lambda_clip: float
     lambda_tc: float
     lambda_before: float
+    lambda_contrast: float
+    objective: str
     init: str
     projection: str
     num_samples_per_step: int
@@ -1252,10 +1450,10 @@ class DifferenceInversionPipeline(
         self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
         room = "the text encoder's window has room for no more"
         check_number("num_tokens", settings.num_tokens, 1, self._room(), whole=True, meaning=room)
-        check_number("num_optimization_steps", settings.num_optimization_steps, 1, whole=True)
+        check_number("num_optimization_steps", settings.num_optimization_steps, 0, whole=True)
         check_number("num_samples_per_step", settings.num_samples_per_step, 1, whole=True)
         check_number("alpha", settings.alpha, 0, 1, meaning="from the images' delta to the captions'")
-        for name in ("lambda_clip", "lambda_tc", "lambda_before"):
+        for name in ("lambda_clip", "lambda_tc", "lambda_before", "lambda_contrast"):
             check_number(name, getattr(settings, name), 0)
         if settings.lambda_clip + settings.lambda_tc == 0:
             raise ValueError(
@@ -1263,12 +1461,11 @@ class DifferenceInversionPipeline(
             )
         if settings.learning_rate is not None:
             check_number("learning_rate", settings.learning_rate, above=0)
-        check_choice("init", settings.init, "prompts", "clip", "random", "zeros")
+        check_choice("objective", settings.objective, "contrast", "consistency")
+        check_choice("init", settings.init, "words", "random", "zeros")
         check_choice("projection", settings.projection, "soft", "hard")
         if settings.lambda_clip > 0:
             self._check_clip("learn with `lambda_clip=0`")
-        elif settings.init == "clip":
-            self._check_clip("choose another `init`")
 
     def _check_clip(self, way_out: str) -> None:
         encoders = self._encoders
@@ -1458,18 +1655,17 @@ class DifferenceInversionPipeline(
 
     def _resolve_difference(
         self, difference: Any, difference_scale: Union[float, Sequence[float]], name: str = "difference"
-    ) -> DifferenceTokens:
-        """Files, tokens, or several of them, with their scales, as one `DifferenceTokens` that fits this model."""
+    ) -> list[tuple[DifferenceTokens, float]]:
+        """Files, tokens, or several of them, as tokens that fit this model, each with its scale."""
         given = list(difference) if isinstance(difference, (list, tuple)) else [difference]
         if not given:
             raise ValueError(f"`{name}` is an empty list; give at least one difference, or leave it out.")
         scales = difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale] * len(given)
-        scaled = [self._check_difference(d, name) * float(s) for d, s in zip(given, scales, strict=True)]
-        total = sum(scaled[1:], scaled[0])
-        rows, room = self._rows(total), self._room()
-        if len(rows) > room:
-            raise ValueError(f"`{name}` has {len(rows)} tokens; the text encoder's window has room for {room}.")
-        return total
+        checked = [self._check_difference(d, name) for d in given]
+        count, room = sum(len(self._rows(d)) for d in checked), self._room()
+        if count > room:
+            raise ValueError(f"`{name}` has {count} tokens; the text encoder's window has room for {room}.")
+        return [(d, float(scale)) for d, scale in zip(checked, scales, strict=True)]
 
     def _room(self) -> int:
         """How many difference tokens there is room for, beside a start and an end."""
@@ -1917,13 +2113,15 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 60,
+        num_optimization_steps: int = 40,
         learning_rate: Optional[float] = None,
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
         lambda_before: float = 0.0,
-        init: str = "prompts",
+        lambda_contrast: float = 1.0,
+        objective: str = "contrast",
+        init: str = "words",
         projection: str = "soft",
         num_samples_per_step: int = 2,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
@@ -1941,14 +2139,13 @@ class DifferenceInversionPipeline(
             before_prompt: describes `before`; one for each image.
             after_prompt: describes `after`, likewise.
             prompt_method: how prompts that are left out are written: `"caption"` by the captioner, `"pez"` as the words
-                that CLIP finds nearest to each image (the paper's choice). Two prompts found so differ in more than the
-                change, so that no words are taken from them, and `init="prompts"` is `"clip"`; the word that the pair
-                lost, too, is then the one that the images say.
+                that CLIP finds nearest to each image (the paper's choice).
             prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             height, width: to resize the images to, in pixels; the first image's own by default, in whole latents.
-            num_tokens: rows to learn, 1 to the text encoder's window less two.
-            num_optimization_steps: optimizer steps, at least 1.
-            learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.001 for tokens that begin as
+            num_tokens: rows to learn, 1 to the text encoder's window less two. Tokens that begin as words are no more than
+                the words that were found, and no more than this.
+            num_optimization_steps: optimizer steps; 0 learns nothing, and the tokens are what they begin as.
+            learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.003 for tokens that begin as
                 words, and 0.01 for others.
             alpha: 0 trusts the images' delta, 1 the captions' (equation 5).
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
@@ -1956,11 +2153,16 @@ class DifferenceInversionPipeline(
             lambda_tc: weight of the token consistency loss (equation 10).
             lambda_before: weight in that loss of the way back, by the negated tokens from A' to A (equation 8). The
                 paper has 1; at 0 a step needs half the UNet's work.
-            init: where the tokens begin. `"prompts"`: as the words that only the prompt of A' has, or, if it has only
-                lost some, as those, negated. `"clip"`: as the word that CLIP and the UNet see in the images' change,
-                whatever the prompts say, for which CLIP reads its whole vocabulary; `"prompts"` does likewise where they
-                do not differ, if `lambda_clip` is not 0. Rows without a word are random. `"random"`: three times as far
-                out as the vocabulary's rows. `"zeros"`: the paper's, section 4.4, which worked less well here.
+            lambda_contrast: with `objective="contrast"`, how much it costs that the tokens help A as well. At 1, what A
+                and A' share earns nothing. Ours, not the paper's.
+            objective: what the tokens are learned by. `"contrast"`, ours: under the prompt that A and A' share, they must
+                help A' and not A, where the two differ. `"consistency"`, the paper's equations 7 to 9: under A's prompt
+                they must help A', which also pays for whatever that prompt leaves out.
+            init: where the tokens begin. `"words"`, ours: as the words of which the UNet says that they hold for A' and not
+                for A. The prompts propose words, and so does CLIP, if there is one, from its whole vocabulary; a word that
+                only one caption happens to say is refused. What was lost is kept in the metadata, as `lost_phrases`.
+                Where no word is found, rows are random. `"random"`: three times as far out as the vocabulary's rows.
+                `"zeros"`: the paper's, section 4.4, which worked less well here.
             projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
                 pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
                 words there are no more of them than it found. They can hardly say that something has gone.
@@ -1976,19 +2178,29 @@ class DifferenceInversionPipeline(
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
         """
-        amounts = (num_tokens, num_optimization_steps, learning_rate)
-        weights = (alpha, lambda_clip, lambda_tc, lambda_before)
-        settings = _Settings(*amounts, *weights, init, projection, num_samples_per_step)
+        settings = _Settings(
+            num_tokens=num_tokens,
+            num_optimization_steps=num_optimization_steps,
+            learning_rate=learning_rate,
+            alpha=alpha,
+            lambda_clip=lambda_clip,
+            lambda_tc=lambda_tc,
+            lambda_before=lambda_before,
+            lambda_contrast=lambda_contrast,
+            objective=objective,
+            init=init,
+            projection=projection,
+            num_samples_per_step=num_samples_per_step,
+        )
         self.check_learning_inputs(
             before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
         )
         befores, afters = as_list(before), as_list(after)
         groups = ((befores, before_prompt), (afters, after_prompt))
         prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
-        comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
         size = self._common_size(befores, "before", height, width)
         pairs = (befores, afters, *prompts)
-        return self._learn(*pairs, comparable, size, settings, generator, callback_on_optimization_step)
+        return self._learn(*pairs, size, settings, generator, callback_on_optimization_step)
 
     def _learn(
         self,
@@ -1996,13 +2208,12 @@ class DifferenceInversionPipeline(
         afters: list,
         before_prompts: list[str],
         after_prompts: list[str],
-        comparable: bool,
         size: tuple[int, int],
         settings: _Settings,
         generator,
         callback: Optional[Callable],
     ) -> DifferenceTokens:
-        """Learns from pairs with their prompts, whose words are compared if both tell the same kind of things."""
+        """Learns from pairs with their prompts, one each."""
         generator = first_of(generator)
         hard = settings.projection == "hard"
         self._interrupt = False
@@ -2015,19 +2226,37 @@ class DifferenceInversionPipeline(
             self._warn_of_long_prompts([*before_prompts, *after_prompts], settings.num_tokens)
             # 2. What CLIP says has changed
             deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
-            # 3. The tokens
+            # 3. The words that the pictures lost and gained, and the tokens to begin as
             allowed = self._vocabulary_words() if hard else None
-            pairs = (examples, befores, afters)
-            lost, gained, words = self._first_words(*pairs, comparable, settings, allowed, generator)
+            lost, gained = [], []
+            alike = self._look_alike(examples)
+            if alike:
+                logger.warning(
+                    "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
+                )
+            elif settings.init == "words":
+                draw = self._draw(before_latents[0], NUM_EVIDENCE_SAMPLES, generator, False, EVIDENCE_TIMESTEPS)
+                lost, gained = self._find_words(examples, befores, afters, settings, draw).found
+            words = self._word_rows(gained, settings.num_tokens, allowed)
             if settings.learning_rate is None:
                 learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
                 settings = replace(settings, learning_rate=learning_rate)
-            if hard and len(words):  # random words beside them would say what nobody meant
+            if len(words):  # random rows beside them would say what nobody meant
                 settings = replace(settings, num_tokens=len(words))
+            elif lost and not hard:  # to leave out what was lost is the whole change
+                settings = replace(settings, num_tokens=1, init="zeros")
             vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
             tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
             goal = _Goal(examples, deltas, settings, vocabulary)
-            tokens, loss = self._optimize(tokens, goal, generator, callback)
+            if alike:
+                tokens, loss = torch.zeros_like(tokens), 0.0
+            else:
+                tokens, loss = self._optimize(tokens, goal, generator, callback)
+                if not (tokens.any() or lost):  # words that were lost are a change by themselves
+                    logger.warning(
+                        "No tokens were better than zeros, and the difference will change nothing. Try a lower "
+                        "`learning_rate`, more steps, another `init`, or float32."
+                    )
         self.maybe_free_model_hooks()
         story = {
             **vars(settings),
@@ -2040,40 +2269,83 @@ class DifferenceInversionPipeline(
             "gained_phrases": "\n".join(gained),
         }
         del story["num_optimization_steps"]
-        if hard:
+        if hard and not alike:
             tokens, nearest = vocabulary.project(tokens)
             story["token_ids"] = " ".join(map(str, allowed[nearest].tolist()))
         embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
         return DifferenceTokens(embeddings, self._metadata(story))
 
-    def _first_words(
-        self,
-        examples: list[_Example],
-        befores: list,
-        afters: list,
-        comparable: bool,
-        settings: _Settings,
-        allowed: Optional[torch.Tensor],
-        generator,
-    ) -> tuple[list[str], list[str], torch.Tensor]:
-        """What the pairs lost and what they gained, by their prompts or their images, and the rows that tokens begin as."""
-        lost, gained = [], []
-        if comparable:
-            sides = zip(*(changed_phrases(e.before_prompt, e.after_prompt) for e in examples), strict=True)
-            lost, gained = map(common_phrases, sides)
-        room = settings.num_tokens if settings.init == "prompts" else 0
-        words = self._word_rows([] if allowed is not None else lost, gained, room, allowed)
-        unsaid = settings.init == "prompts" and not len(words) and (settings.lambda_clip > 0 or not comparable)
-        by_images = settings.init == "clip" or unsaid
-        if by_images or not comparable:
-            # Prompts that do not agree on what was lost are likely to have the word for it, and the query's as well. The
-            # UNet chooses better without them: 35 of the words gained and 34 of those lost by 36 pairs of Storybook, and
-            # with them 30 and 31.
-            told = examples if comparable else [replace(e, before_prompt="", after_prompt="") for e in examples]
-            seen_lost, seen = self._seen_words(told, befores, afters, not comparable, generator)
-            lost, gained = lost or seen_lost, gained or seen
-            words = self._word_rows([], seen, num_tokens=1) if by_images else words
-        return lost, gained, words
+    def _find_words(
+        self, examples: list[_Example], befores: list, afters: list, settings: _Settings, draw: _Draw
+    ) -> WordSearch:
+        """Words that the pairs lost and gained: proposed by prompts and by CLIP, and chosen by the UNet.
+
+        Several pairs are judged together, so that a word must hold for them all.
+        """
+        search = WordSearch(self._evidence(examples, draw))
+        said = [
+            list(dict.fromkeys(word for e in examples for word in unshared_words(*self._sides(e)[::order])))
+            for order in (1, -1)
+        ]
+        proposed = [*said[0], *said[1]]
+        if self._encoders_with_clip() and self.clip_processor is not None:
+            said, nearest = self._words_along_the_delta(said, befores, afters)
+            proposed = [*said[0], *said[1], *nearest]
+        search.run(proposed, may_be_shared=[*said[0], *said[1]], most=settings.num_tokens)
+        search.order(self._sides(examples[0]))
+        return search
+
+    @staticmethod
+    def _sides(example: _Example) -> tuple[str, str]:
+        return example.before_prompt, example.after_prompt
+
+    def _words_along_the_delta(
+        self, said: list[list[str]], befores: list, afters: list
+    ) -> tuple[list[list[str]], list[str]]:
+        """Of the prompts' own words those that best fit the images' delta, and the vocabulary's nearest to it and to its
+        opposite.
+
+        CLIP is quick and shortsighted, so it only proposes words.
+        """
+        encoder = self._encoders_with_clip()[0]
+        delta = self._image_delta(encoder.clip, befores, afters)
+
+        def likeness_of(word: str) -> float:
+            return float(self._clip_text_features(encoder, [word])[0] @ delta)
+
+        said = [
+            sorted(words, key=lambda word, sign=sign: sign * likeness_of(word))[:NUM_CAPTION_WORDS]
+            for words, sign in zip(said, (1, -1), strict=True)
+        ]
+        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
+        if not delta.any() or not len(words):
+            return said, []
+        likeness, count = self._word_features(encoder, words) @ delta, min(NUM_CLIP_WORDS, len(words))
+        nearest = torch.cat([words[(sign * likeness).topk(count).indices] for sign in (-1, 1)])
+        return said, [_written(self.tokenizer, [index]) for index in nearest.tolist()]
+
+    def _evidence(self, examples: list[_Example], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
+        """The `errors` of a [`WordSearch`] on these pairs, where they differ, on fixed noises and time steps."""
+        contexts = [shared_prompt(*self._sides(example)) for example in examples]
+
+        def errors(example: _Example, prompts: list[str], picture: int) -> torch.Tensor:
+            latents = (example.before_latents, example.after_latents)[picture]
+            weights = change_weights(example.before_latents, example.after_latents)
+            return self._prompt_errors(prompts, latents, draw, weights)
+
+        references = [
+            torch.cat([errors(e, [context], picture) for picture in (0, 1)]).mean(0)
+            for e, context in zip(examples, contexts, strict=True)
+        ]
+
+        def relative_errors(phrases: list[str], picture: int) -> torch.Tensor:
+            parts = [
+                errors(e, [f"{context} {phrase}".strip() for phrase in phrases], picture) / reference
+                for e, context, reference in zip(examples, contexts, references, strict=True)
+            ]
+            return torch.stack(parts).mean(0)
+
+        return relative_errors
 
     def _metadata(self, story: dict[str, Any]) -> dict[str, str]:
         own = {
@@ -2095,74 +2367,74 @@ class DifferenceInversionPipeline(
         name = self.config.get("_name_or_path") or ""
         return Path(name).resolve().name if os.path.exists(name) else name
 
-    def _word_rows(
-        self, lost: list[str], gained: list[str], num_tokens: int, allowed: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
-        """What the captions say has changed, in the tokens' own space, (up to num_tokens, dim).
+    def _word_rows(self, words: list[str], num_tokens: int, allowed: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Words in the tokens' own space, (up to num_tokens, dim).
 
-        That is the words of A' that A's prompt does not have, or, where there are none, those that it lost, negated.
-        Of more words than there is room for the last stay, because a phrase ends in its noun; of several pairs' words,
-        those that all pairs have. Both kinds at once would make a difference that runs backwards as well, and runs
-        forwards less well: a negated noun is often heard as a noun. Words that are not `allowed` are left out, or that
-        an encoder does not have.
+        Of more than there is room for the last stay, because a phrase ends in its noun. Words that are not `allowed` are
+        left out, or that an encoder does not have.
         """
-        phrases = self.maybe_convert_prompt(" ".join(gained or lost), self.tokenizer).split()
-        words = self.tokenizer(phrases, add_special_tokens=False).input_ids if phrases else []
+        words = self.maybe_convert_prompt(" ".join(words), self.tokenizer).split()
+        read = self.tokenizer(words, add_special_tokens=False).input_ids if words else []
         if allowed is not None:  # a word of several tokens is none of the vocabulary's
-            words = [ids for ids in words if len(ids) == 1 and ids[0] in allowed.tolist()]
+            read = [ids for ids in read if len(ids) == 1 and ids[0] in allowed.tolist()]
         known = min(len(encoder.table) for encoder in self._encoders)
-        rows = self._embedded([index for ids in words for index in ids if index < known]) * (1 if gained else -1)
+        rows = self._embedded([index for ids in read for index in ids if index < known])
         return rows[max(0, len(rows) - num_tokens) :]
-
-    def _seen_words(
-        self, examples: list[_Example], befores: list, afters: list, both: bool, generator
-    ) -> tuple[list[str], list[str]]:
-        """The word of the vocabulary that the images' change leads away from, if `both`, and the one that it leads to;
-        none where nothing changed.
-
-        CLIP is quick and shortsighted, so it only proposes words, and the UNet chooses.
-        """
-        encoder = self._encoders_with_clip()[0]
-        delta = self._image_delta(encoder.clip, befores, afters)
-        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
-        if not delta.any() or not len(words):
-            return [], []
-        likeness, count = self._word_features(encoder, words) @ delta, min(NUM_WORD_CANDIDATES, len(words))
-        draw = self._draw(examples[0].after_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
-        gained = self._telling_word(words[likeness.topk(count).indices].tolist(), examples, draw)
-        if not both:
-            return [], gained
-        nearest = words[(-likeness).topk(count).indices].tolist()
-        backwards = [_Example(e.after_latents, e.before_latents, e.after_prompt, e.before_prompt) for e in examples]
-        return self._telling_word(nearest, backwards, draw, must_help=True), gained
 
     def _word_features(self, encoder: _Encoder, words: torch.Tensor) -> torch.Tensor:
         """CLIP's text embeddings (words, dim) at unit length, each of one word."""
         parts = encoder.rows(words)[:, None].split(1024)
         return torch.cat([self._clip_row_features(encoder, part) for part in parts])
 
-    def _telling_word(
-        self, words: list[int], examples: list[_Example], draw: _Draw, must_help: bool = False
-    ) -> list[str]:
-        """The word with which, after the prompt of A, the UNet draws A' best and A worst; none if it `must_help` and
-        A' is drawn no better with any than without."""
+    def _completed(self, prompts: list[str], images: list, size: tuple[int, int]) -> list[str]:
+        """Prompts with words for what they leave unsaid of their images, so that it stays as it is.
 
-        def errors(word: Optional[int]) -> tuple[float, float]:
-            """How badly A' is drawn with the word, and how badly A is."""
-            rows = self._embedded([] if word is None else [word]).expand(2, -1, -1)
-            total = torch.zeros(2, device="cpu")
-            for example in examples:
-                latents = torch.cat([example.after_latents, example.before_latents])
-                prediction, target = self._predict(latents, [example.before_prompt] * 2, rows, draw)
-                total += (prediction - target).square().flatten(1).mean(1).cpu()
-            return tuple(total.tolist())
+        CLIP proposes words, and the UNet takes those with which it draws the image better. A caption often names less
+        than half of what can be seen, and what no word holds may drift when the rest is redrawn. This takes the place of
+        the prompt that "fully anchors" an image in the paper. Without a CLIP, prompts stay as they are.
+        """
+        if not self._encoders_with_clip() or self.clip_processor is None:
+            return prompts
+        encoder = self._encoders_with_clip()[0]
+        with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
+            words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
+            likeness = self._clip_image_features(encoder.clip, images) @ self._word_features(encoder, words).T
+            nearest = words[likeness.topk(min(NUM_COMPLETION_WORDS, len(words))).indices]
+            latents = self._encode_images(images, "image", size).float()
+            # The same noises for all images, so that it does not matter in whose company one is completed.
+            noise = torch.Generator().manual_seed(0)
+            draw = self._draw(latents[:1], NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
+            proposed = [[_written(self.tokenizer, [index]) for index in line] for line in nearest.tolist()]
+            each = zip(prompts, proposed, latents.split(1), strict=True)
+            return [self._with_true_words(prompt, words, own, draw) for prompt, words, own in each]
 
-        found = {word: errors(word) for word in words}
-        if must_help:
-            without, _ = errors(None)
-            found = {word: (after, before) for word, (after, before) in found.items() if after < without}
-        best = min(found, key=lambda word: found[word][0] - WORD_CONTRAST * found[word][1], default=None)
-        return [] if best is None else [_written(self.tokenizer, [best])]
+    def _with_true_words(self, prompt: str, words: list[str], latents: torch.Tensor, draw: _Draw) -> str:
+        """A prompt with those of the words with which the UNet draws the latents (1, ...) better, the best one first."""
+        words = [word for word in words if word not in split_words(prompt)]
+        (reference,) = (errors,) = self._prompt_errors([prompt], latents, draw)
+        for _ in range(NUM_SEARCH_ROUNDS):
+            if not words:
+                break
+            found = self._prompt_errors([f"{prompt} {word}".strip() for word in words], latents, draw)
+            gains = ((errors - found) / reference).mean(1)
+            best = int(gains.argmax())
+            if gains[best] < LEAST_SHARED_GAIN:
+                break
+            prompt, errors = f"{prompt} {words[best]}".strip(), found[best]
+            words = [w for w, gain in zip(words, gains.tolist(), strict=True) if w != words[best] and gain > -0.05]
+        return prompt
+
+    def _prompt_errors(
+        self, prompts: list[str], latents: torch.Tensor, draw: _Draw, weights: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """The UNet's errors on latents (1, ...) under each prompt, where the weights say, (prompts, samples)."""
+        weights = torch.ones_like(latents[:, :1]) if weights is None else weights
+        found = []
+        for pair in (prompts[i : i + 2] for i in range(0, len(prompts), 2)):  # few at once, to save memory
+            rows = self._rows(None).expand(len(pair), -1, -1)
+            prediction, target = self._predict(latents.expand(len(pair), -1, -1, -1), pair, rows, draw)
+            found.append(weighted_errors(prediction, target, weights))
+        return torch.cat(found)
 
     def _vocabulary_words(self, fewest_letters: int = 1, but: frozenset[str] = frozenset()) -> torch.Tensor:
         """Ids of the vocabulary's whole words, which text of them gives back."""
@@ -2174,13 +2446,19 @@ class DifferenceInversionPipeline(
         words = [index for index, ids in zip(vocab.values(), read, strict=True) if ids == [index]]
         return torch.tensor(words, dtype=torch.long, device=self._execution_device)
 
+    @staticmethod
+    def _look_alike(examples: list[_Example]) -> bool:
+        """Whether no pair has a change that could be seen: latents have a spread of about 1."""
+        changes = [(e.after_latents - e.before_latents).square().mean() for e in examples]
+        return max(map(float, changes)) < NO_CHANGE
+
     def _initial_tokens(
         self, num_tokens: int, init: str, words: torch.Tensor, generator: Optional[torch.Generator]
     ) -> torch.Tensor:
         """The tokens to start from, (num_tokens, dim), in float32 whatever the model's dtype."""
         shape, device = (num_tokens - len(words), words.shape[1]), self._execution_device
-        if init == "zeros":
-            return torch.zeros(shape, device=device)
+        if init == "zeros" or shape[0] == 0:
+            return torch.cat([torch.zeros(shape, device=device), words.to(device)])
         spread = torch.cat([e.table.float().std().expand(e.width) for e in self._encoders]).to(device)
         others = randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * spread
         return torch.cat([others, words.to(device)])
@@ -2193,9 +2471,10 @@ class DifferenceInversionPipeline(
         The loss of a step says more about the noises and time steps that it happened to draw than about the tokens.
         """
         tokens, num_steps = tokens.requires_grad_(True), goal.settings.num_optimization_steps
-        optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, num_steps)
-        probe = self._draw(goal.examples[0].before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
-        judge_every = max(1, num_steps // 10)
+        optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, max(1, num_steps))
+        contrasts = goal.settings.objective == "contrast"
+        probes = [self._probe(example, goal, generator) for example in goal.examples]
+        judge_every = max(1, num_steps // (3 if contrasts else 10))
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
         scale = 1024.0 if half else 1.0
@@ -2203,15 +2482,22 @@ class DifferenceInversionPipeline(
 
         def judge() -> None:
             """Puts the tokens as they are now among those that may be the best."""
-            losses = [float(self._losses(tokens.detach(), example, probe, goal)["loss"]) for example in goal.examples]
+            losses = [
+                float(self._losses(tokens.detach(), example, probe, goal)["loss"])
+                for example, probe in zip(goal.examples, probes, strict=True)
+            ]
             candidates.append((sum(losses) / len(losses), tokens.detach().clone()))
 
         try:
             judge()
             progress_bar = self.progress_bar(range(num_steps))
             for step in progress_bar:
-                example = goal.examples[step % len(goal.examples)]
-                draw = self._draw(example.before_latents, goal.settings.num_samples_per_step, generator)
+                turn, which = divmod(step, len(goal.examples))
+                example, samples = goal.examples[which], goal.settings.num_samples_per_step
+                if contrasts:  # of the fixed samples, whose references are known
+                    draw = probes[which].part(self._turn(turn, samples, len(probes[which].timesteps)))
+                else:
+                    draw = self._draw(example.before_latents, samples, generator)
                 with torch.enable_grad(), self._weights_kept():
                     losses = self._losses(tokens, example, draw, goal)
                     (losses["loss"] * scale).backward()
@@ -2237,12 +2523,27 @@ class DifferenceInversionPipeline(
         loss, best = min(candidates, key=lambda candidate: candidate[0])
         if not np.isfinite(loss):
             logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
-        if not best.any():
-            logger.warning(
-                "No tokens were better than zeros, and the difference will change nothing. Try a lower "
-                "`learning_rate`, more steps, another `init`, or float32."
-            )
         return best, loss
+
+    @staticmethod
+    def _turn(turn: int, samples: int, total: int) -> torch.Tensor:
+        """Which of all samples a step takes: far apart in time, and all of them once before any comes again."""
+        stride = max(1, total // samples)
+        return (torch.arange(min(samples, total)) * stride + turn % stride) % total
+
+    def _probe(self, example: _Example, goal: _Goal, generator: Optional[torch.Generator]) -> _Draw:
+        """Fixed noises and time steps to judge tokens on, and for the contrast to learn them on."""
+        if goal.settings.objective != "contrast":
+            return self._draw(example.before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
+        draw = self._draw(example.before_latents, NUM_PROBE_SAMPLES, generator, False, CONTRAST_TIMESTEPS)
+        return replace(draw, references=self._contrast_errors(self._rows(None), example, draw))
+
+    def _contrast_errors(self, tokens: torch.Tensor, example: _Example, draw: _Draw) -> torch.Tensor:
+        """The UNet's errors on A and on A' (2, samples), where they differ, under the same prompt and tokens."""
+        latents = torch.cat([example.before_latents, example.after_latents])
+        prompts = [shared_prompt(*self._sides(example))] * 2
+        prediction, target = self._predict(latents, prompts, tokens.expand(2, -1, -1), draw)
+        return weighted_errors(prediction, target, change_weights(example.before_latents, example.after_latents))
 
     def _optimizer(self, tokens: torch.Tensor, learning_rate: float, num_steps: int) -> tuple:
         """What takes the steps, and what lowers the learning rate from one to the next."""
@@ -2259,7 +2560,11 @@ class DifferenceInversionPipeline(
             pairs = zip(self._token_features(tokens, example), goal.deltas, strict=True)
             losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pairs]).mean()
             losses["loss"] = losses["loss"] + weights.lambda_clip * losses["clip_loss"]
-        if weights.lambda_tc > 0:
+        if weights.lambda_tc > 0 and weights.objective == "contrast":
+            gains = 1 - self._contrast_errors(tokens, example, draw) / draw.references
+            losses["contrast_loss"] = contrast_loss(gains[1], gains[0], weights.lambda_contrast)
+            losses["loss"] = losses["loss"] + weights.lambda_tc * losses["contrast_loss"]
+        elif weights.lambda_tc > 0:
             loss = self._token_consistency_loss(tokens, example, draw, weights.lambda_before)
             losses["token_consistency_loss"] = loss
             losses["loss"] = losses["loss"] + weights.lambda_tc * losses["token_consistency_loss"]
@@ -2270,15 +2575,24 @@ class DifferenceInversionPipeline(
         parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
         return [self._without_graph(self._clip_text_features, encoder, [""], part[None])[0] for encoder, part in parts]
 
-    def _draw(self, latents: torch.Tensor, samples: int, generator, jitter: bool = True) -> _Draw:
-        """Noises, and time steps spread evenly over the schedule: one in each of `samples` equal stretches of it."""
+    def _draw(
+        self,
+        latents: torch.Tensor,
+        samples: int,
+        generator,
+        jitter: bool = True,
+        stretch: tuple[float, float] = (0.0, 1.0),
+    ) -> _Draw:
+        """Noises, and time steps spread evenly over a stretch of the schedule: one in each of `samples` equal parts."""
         device = latents.device
         noise = randn_tensor((samples, *latents.shape[1:]), generator=generator, device=device, dtype=latents.dtype)
         places = torch.full((samples,), 0.5, device="cpu")
         if jitter:
             places = torch.rand(samples, generator=generator, device=generator.device if generator else "cpu").cpu()
         num_train_timesteps = self.scheduler.config.num_train_timesteps
-        timesteps = (torch.arange(samples, device="cpu") + places) * num_train_timesteps / samples
+        low, high = stretch
+        places = low + (high - low) * (torch.arange(samples, device="cpu") + places) / samples
+        timesteps = places * num_train_timesteps
         return _Draw(noise, timesteps.long().clamp(max=num_train_timesteps - 1).to(device))
 
     def _token_consistency_loss(
@@ -2375,9 +2689,9 @@ class DifferenceInversionPipeline(
         return torch.stack(path), torch.stack(noises)
 
     def _denoise(
-        self, start: _Start, condition: _Condition, baseline: _Condition, mask, eta, generator, callback, tensor_inputs
+        self, start: _Start, guidance: _Guidance, mask, eta, generator, callback, tensor_inputs
     ) -> torch.Tensor:
-        """Draws latents (batch, ...) guided from the baseline's prediction towards the condition's.
+        """Draws latents (batch, ...) under a mixture of prompts.
 
         With fixed noises each step adds its own of them, and else what the scheduler draws. Where the mask (batch, 1,
         height, width) is false, each step ends on the query's own path.
@@ -2389,13 +2703,14 @@ class DifferenceInversionPipeline(
             if self.interrupt:
                 break
             inputs = scheduler.scale_model_input(latents, t)
-            prediction = self._guided(inputs, t, condition, baseline).to(latents.dtype)
+            prediction = self._guided(inputs, t, guidance).to(latents.dtype)
             if start.noises is not None:
                 extra = {"eta": eta, "variance_noise": start.noises[i]}
             latents = scheduler.step(prediction, t, latents, **extra).prev_sample
             if mask is not None:
                 latents = torch.where(mask, latents, start.path[i + 1])
             if callback is not None:
+                condition, baseline = guidance.stages[-1], guidance.baseline
                 negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
                 known = {"latents": latents, **vars(condition), **negative}
                 guidance_scale = self._guidance_scale
@@ -2406,50 +2721,88 @@ class DifferenceInversionPipeline(
                 latents = known["latents"]
                 condition = _Condition(*(known[name] for name in vars(condition)))
                 baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
+                guidance = replace(guidance, stages=[*guidance.stages[:-1], condition], baseline=baseline)
         return latents.to(self.unet.dtype)
 
-    def _guided(self, inputs, t, condition: _Condition, baseline: _Condition) -> torch.Tensor:
-        """The UNet's prediction (batch, ...), as far from the baseline's as guidance says."""
-        if self.guidance_scale == 1:  # at which nothing is left of the baseline's prediction
-            return self._unet_output(inputs, t, condition)
-        both = self._unet_output(torch.cat([inputs] * 2), t, baseline.followed_by(condition))
-        unchanged, changed = both.chunk(2)
-        return unchanged + self.guidance_scale * (changed - unchanged)
+    def _guided(self, inputs, t, guidance: _Guidance) -> torch.Tensor:
+        """The mixture of the UNet's predictions (batch, ...)."""
+        weights, conditions = zip(*guidance.weights(self.guidance_scale), strict=True)
+        together = conditions[0]
+        for condition in conditions[1:]:
+            together = together.followed_by(condition)
+        predictions = self._unet_output(torch.cat([inputs] * len(weights)), t, together).float().chunk(len(weights))
+        if len(weights) == 1:
+            return predictions[0]
+        return sum(weight * prediction for weight, prediction in zip(weights, predictions, strict=True))
 
     def _conditions(
         self,
         prompts: list[str],
         source_prompt,
         negative_prompt,
-        difference: Optional[DifferenceTokens],
-        negative_difference: Optional[DifferenceTokens],
+        differences: list[tuple[DifferenceTokens, float]],
+        negative_differences: list[tuple[DifferenceTokens, float]],
         has_query: bool,
         replace_phrases: bool,
-    ) -> tuple[_Condition, _Condition, _Condition]:
-        """The prompts with the difference, the queries' own, and what guidance leads away from, one a prompt each."""
+    ) -> _Guidance:
+        """What the UNet is told, one a prompt each.
+
+        A scale says how far to go from what the UNet predicts under the prompts without a difference to what it predicts
+        under them with it. (The text encoder normalises rows, so that a shorter row is not a smaller change.) Of several
+        differences the one with the greatest scale comes first, and each counts for as far as its own scale reaches.
+        """
+        ways = [self._way(difference, scale, replace_phrases) for difference, scale in differences]
+        ways = sorted(ways, key=lambda way: -way.degree)
+        degrees = [1.0, *(way.degree for way in ways), 0.0]
+        shares = [here - there for here, there in zip(degrees, degrees[1:], strict=False)]
+        stages = [self._along(prompts, ways, active) for active in range(len(ways) + 1)]
+        own = stages[0]
+        if source_prompt is not None:
+            own = self._along(self._repeated(source_prompt, len(prompts)), [], 0)
+        nothing_negative = negative_prompt is None and not negative_differences
+        if nothing_negative and has_query:
+            return _Guidance(stages, shares, own, own)
         source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
-        nothing_negative = negative_prompt is None and negative_difference is None
-        if negative_prompt is None:
-            negative_prompt = source_prompts if has_query else ""
-        negative_prompts = self._repeated(negative_prompt, len(prompts))
-        rows = self._rows(difference)
-        if replace_phrases and rows.any():  # so that the tokens need not contradict what they take the place of
-            phrases = difference.metadata.get("lost_phrases", "").splitlines()
-            prompts = [without_phrases(prompt, phrases) for prompt in prompts]
-        rows = rows.expand(len(prompts), -1, -1)  # [batch, num_tokens, dim]
-        self._warn_of_long_prompts([*prompts, *source_prompts], rows.shape[1])
-        # Zero rows here too: they have positions, so that without them a difference of zero would be a change.
-        zeros = torch.zeros_like(rows)
-        negative_rows = zeros
-        if negative_difference is not None:
-            negative_rows = self._rows(negative_difference).expand(len(prompts), -1, -1)
-        if negative_prompt is not source_prompts:
-            self._warn_of_long_prompts(negative_prompts, negative_rows.shape[1])
-        baseline = self._condition(negative_prompts, negative_rows)
+        negative_prompts = self._repeated(negative_prompt or "", len(prompts))
+        if negative_prompt is None and has_query:
+            negative_prompts = source_prompts
+        negatives = [self._way(difference, scale, False) for difference, scale in negative_differences]
+        baseline = self._along(negative_prompts, negatives, len(negatives))
         is_xl = self.text_encoder_2 is not None
-        if is_xl and self.config.force_zeros_for_empty_prompt and nothing_negative and not has_query:
+        if is_xl and self.config.force_zeros_for_empty_prompt and nothing_negative:
             baseline = baseline.each(torch.zeros_like)
-        return self._condition(prompts, rows), self._condition(source_prompts, zeros), baseline
+        return _Guidance(stages, shares, own, baseline)
+
+    def _way(self, difference: DifferenceTokens, scale: float, replace_phrases: bool) -> _Way:
+        """What a difference says, forwards or, with a negative scale, backwards."""
+        lost, gained = (
+            [phrase for phrase in difference.metadata.get(name, "").splitlines() if phrase.strip()]
+            for name in ("lost_phrases", "gained_phrases")
+        )
+        rows = self._rows(difference)
+        if scale < 0:
+            lost, gained = gained, lost
+        backwards = (scale < 0) != (difference.metadata.get("negated") == "True")
+        if backwards and (lost or gained):  # the words are known, and negated rows say less well what they mean
+            rows = self._word_rows(gained, self._room())
+        elif scale < 0:
+            rows = -rows
+        if not rows.any():  # rows of zeros are not nothing to a text encoder
+            rows = rows[:0]
+        return _Way(rows, lost if replace_phrases and scale else [], abs(scale))
+
+    def _along(self, prompts: list[str], ways: list[_Way], active: int) -> _Condition:
+        """What the UNet is told of prompts after the first `active` of the changes, and before the others.
+
+        A change takes its own phrases out of the prompts. What has not yet changed is said at the end, where the tokens
+        will stand.
+        """
+        phrases = [phrase for way in ways for phrase in way.phrases]
+        still = [phrase for way in ways[active:] for phrase in way.phrases]
+        prompts = [" ".join(filter(None, [without_phrases(prompt, phrases), *still])) for prompt in prompts]
+        rows = torch.cat([self._rows(None), *(way.rows for way in ways[:active])])
+        self._warn_of_long_prompts(prompts, len(rows))
+        return self._condition(prompts, rows.expand(len(prompts), -1, -1))
 
     def _start(
         self, images, size, source, inversion, num_inference_steps, strength, eta, copies, generator, latents
@@ -2531,6 +2884,7 @@ class DifferenceInversionPipeline(
         difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
         difference_scale: Union[float, list[float]] = 1.0,
         replace_phrases: bool = True,
+        complete_prompts: bool = True,
         prompt: Optional[Union[str, list[str]]] = None,
         source_prompt: Optional[Union[str, list[str]]] = None,
         before_prompt: Optional[Union[str, list[str]]] = None,
@@ -2543,13 +2897,15 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 60,
+        num_optimization_steps: int = 40,
         learning_rate: Optional[float] = None,
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
         lambda_before: float = 0.0,
-        init: str = "prompts",
+        lambda_contrast: float = 1.0,
+        objective: str = "contrast",
+        init: str = "words",
         projection: str = "soft",
         num_samples_per_step: int = 2,
         num_inference_steps: int = 50,
@@ -2575,11 +2931,16 @@ class DifferenceInversionPipeline(
             before: A; see [`invert_difference`], which takes this and the other arguments of learning.
             after: A'.
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
-            difference_scale: how much of the difference, or of each. Negative asks for the way back, which tokens that
-                begin as words of A' seldom know: swap `before` and `after` and learn that instead.
-            replace_phrases: leave out of the query's prompt what the prompt of A says and that of A' does not, if it
-                is there word for word, so that the tokens need not contradict it; of prompts that PEZ wrote, the word
-                that the images say was lost. Differences remember these phrases, as `metadata["lost_phrases"]`.
+            difference_scale: how much of the difference, or of each: 0 gives the query back, 1 is the whole change, and
+                values between mix what the UNet predicts without it and with it, at up to twice the cost. Negative takes
+                the change back on an image that has it, by the words that the pair lost, which the difference remembers;
+                one without such words is negated (equation 8).
+            replace_phrases: leave out of the query's prompt the words that the pair lost, so that the tokens need not
+                contradict them, and describe the query as it is by them. Differences remember these words, as
+                `metadata["lost_phrases"]`.
+            complete_prompts: add words to the query's prompt for what it leaves unsaid, so that this stays as it is: those
+                of CLIP's nearest with which the UNet draws the query better. It needs a CLIP, and is left out without
+                one, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts.
             prompt: describes the query, one for each image. Left out, it is written as `prompt_method` says.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
@@ -2595,8 +2956,8 @@ class DifferenceInversionPipeline(
                 most of what the UNet sees.
             height, width: of the answer, in pixels, and of the pair that is learned from; by default their own, in
                 whole latents.
-            num_tokens, num_optimization_steps, learning_rate, alpha, lambda_clip, lambda_tc, lambda_before, init,
-                projection, num_samples_per_step, callback_on_optimization_step: of learning; see [`invert_difference`].
+            num_tokens, num_optimization_steps, learning_rate, alpha, lambda_clip, lambda_tc, lambda_before,
+                lambda_contrast, objective, init, projection, num_samples_per_step, callback_on_optimization_step: of learning; see [`invert_difference`].
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
                 says, and drawn with half the UNet's work; more exaggerates. By default 1 for a query image and 7.5
@@ -2654,18 +3015,31 @@ class DifferenceInversionPipeline(
             prompt_method,
             prompt_kwargs,
         )
-        amounts = (num_tokens, num_optimization_steps, learning_rate)
-        weights = (alpha, lambda_clip, lambda_tc, lambda_before)
-        settings = _Settings(*amounts, *weights, init, projection, num_samples_per_step)
+        settings = _Settings(
+            num_tokens=num_tokens,
+            num_optimization_steps=num_optimization_steps,
+            learning_rate=learning_rate,
+            alpha=alpha,
+            lambda_clip=lambda_clip,
+            lambda_tc=lambda_tc,
+            lambda_before=lambda_before,
+            lambda_contrast=lambda_contrast,
+            objective=objective,
+            init=init,
+            projection=projection,
+            num_samples_per_step=num_samples_per_step,
+        )
         learns = before is not None or after is not None
         if learns:
             self.check_learning_inputs(
                 before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
             )
-        elif difference is not None:
-            difference = self._resolve_difference(difference, difference_scale)
+        differences, negative_differences = [], []
+        if difference is not None:
+            differences = self._resolve_difference(difference, difference_scale)
+            difference = sum((d for d, _ in differences[1:]), differences[0][0])
         if negative_difference is not None:
-            negative_difference = self._resolve_difference(negative_difference, 1.0, "negative_difference")
+            negative_differences = self._resolve_difference(negative_difference, 1.0, "negative_difference")
         if guidance_scale is None:
             guidance_scale = 7.5 if image is None else 1.0
         self._guidance_scale = guidance_scale
@@ -2682,33 +3056,35 @@ class DifferenceInversionPipeline(
         prompts, *pair_prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
 
         # 3. Learn the difference, if it is not given
-        applied = difference
         if learns:
-            comparable = prompt_method == "caption" or None not in (before_prompt, after_prompt)
             pairs, pair_size = (befores, afters, *pair_prompts), self._common_size(befores, "before", height, width)
-            difference = self._learn(*pairs, comparable, pair_size, settings, generator, callback_on_optimization_step)
-            applied = self._resolve_difference(difference, difference_scale)
+            difference = self._learn(*pairs, pair_size, settings, generator, callback_on_optimization_step)
+            differences = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
 
-        # 4. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
-        condition, source, baseline = self._conditions(
-            prompts, source_prompt, negative_prompt, applied, negative_difference, bool(images), replace_phrases
+        # 4. Words for what the queries' prompts leave unsaid
+        size = self._common_size(images, "image", height, width)
+        if images and complete_prompts and source_prompt is None:
+            prompts = self._completed(prompts, images, size)
+
+        # 5. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
+        guidance = self._conditions(
+            prompts, source_prompt, negative_prompt, differences, negative_differences, bool(images), replace_phrases
         )
 
-        # 5. Where denoising begins
-        size = self._common_size(images, "image", height, width)
+        # 6. Where denoising begins
         way = (inversion, num_inference_steps, strength, eta)
-        start = self._start(images, size, source, *way, num_images_per_prompt, generator, latents)
+        start = self._start(images, size, guidance.own, *way, num_images_per_prompt, generator, latents)
         self._num_timesteps = len(start.timesteps)
-        condition, source, baseline = (each.repeat(num_images_per_prompt) for each in (condition, source, baseline))
-        mask = self._mask(mask_image, images, size, start, condition, source)
+        guidance = guidance.repeat(num_images_per_prompt)
+        mask = self._mask(mask_image, images, size, start, guidance.stages[-1], guidance.own)
 
-        # 6. Denoise along the difference
+        # 7. Denoise along the difference
         places = None if mask is None else F.max_pool2d(mask, self.vae_scale_factor) > 0
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(start, condition, baseline, places, eta, generator, *callback)
+        latents = self._denoise(start, guidance, places, eta, generator, *callback)
 
-        # 7. Pixels
+        # 8. Pixels
         answers = latents
         if output_type != "latent":
             own = None if mask is None else self._pixels(images, "image", size)

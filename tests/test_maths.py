@@ -1,17 +1,20 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import seeded
 
 from pipeline_difference_inversion import (
-    changed_phrases,
+    WordSearch,
+    change_weights,
     clip_loss,
-    common_phrases,
+    contrast_loss,
     interpolated_delta,
     slerp,
     token_consistency_loss,
+    weighted_errors,
     without_phrases,
 )
 
@@ -114,27 +117,48 @@ def test_token_consistency_loss_does_not_overflow_in_half_precision():
     assert float(token_consistency_loss(prediction, torch.zeros_like(prediction), 1.0)) == 2 * 300**2
 
 
-@pytest.mark.parametrize(
-    "before, after, lost, gained",
-    [
-        ("a red tent on grass", "a red castle on grass", ["tent"], ["castle"]),
-        ("a tent by day, pixel art", "A tent at night, painting", ["by day", "pixel art"], ["at night", "painting"]),
-        ("a tent with a moon, painting", "a tent, painting", ["with a moon"], []),
-        ("a tent", "a tent", [], []),
-        ("a tent on grass", "the tent, on grass.", [], []),  # which says nothing of the picture
-        ("a tent with a moon", "a tent and a star", ["moon"], ["star"]),
-        ("", "a tent", [], ["a tent"]),
-    ],
-)
-def test_changed_phrases_are_what_only_one_of_two_prompts_says(before, after, lost, gained):
-    assert changed_phrases(before, after) == (lost, gained)
-    assert changed_phrases(after, before) == (gained, lost)
+def test_change_weights_are_large_where_the_pictures_differ_and_one_on_average():
+    before = torch.randn(1, 4, 4, 4, generator=seeded())
+    after = before.clone()
+    after[..., 1:3, :2] += 1.0  # one place in four
+    after[..., 1, 0] += 1.0  # and there twice as much
+    weights = change_weights(before, after)
+    assert weights.shape == (1, 1, 4, 4)
+    assert float(weights.mean()) == pytest.approx(1)
+    assert not weights[0, 0, 0].any() and not weights[..., 2:].any()
+    assert float(weights[0, 0, 1, 0]) == pytest.approx(2 * float(weights[0, 0, 2, 1]))
 
 
-def test_common_phrases_keep_the_words_that_every_pair_has():
-    assert common_phrases([["castle on snow", "boat"], ["tent on", "snow"]]) == ["on snow"]
-    assert common_phrases([["castle on snow", "boat"]]) == ["castle on snow", "boat"]
-    assert common_phrases([["castle on snow"], ["castle in snow"]]) == ["castle", "snow"]
+def test_change_weights_of_a_batch_are_those_of_each_pair():
+    before, after = torch.randn(2, 3, 4, 4, 4, generator=seeded())
+    before[2] = after[2]  # nothing changed here
+    together = change_weights(before, after)
+    torch.testing.assert_close(together, torch.cat([change_weights(before[[i]], after[[i]]) for i in range(3)]))
+    assert torch.equal(together[2], torch.ones(1, 4, 4))
+
+
+def test_weighted_errors_look_only_where_the_weights_are():
+    prediction, target = torch.randn(2, 2, 3, 4, 5, 5, generator=seeded())  # 2 images, 3 samples
+    plain = weighted_errors(prediction, target, torch.ones(1, 1, 5, 5))
+    torch.testing.assert_close(plain, (prediction - target).square().mean((-3, -2, -1)))
+    corner = torch.zeros(1, 1, 5, 5)
+    corner[..., 0, 0] = 25
+    at_corner = (prediction - target)[..., 0, 0].square().mean(-1)
+    torch.testing.assert_close(weighted_errors(prediction, target, corner), at_corner)
+
+
+def test_contrast_loss_pays_for_what_helps_the_image_after_alone():
+    gain, nothing = torch.tensor([0.3, 0.1]), torch.zeros(2)
+    assert float(contrast_loss(gain, nothing, 1.0)) == pytest.approx(-0.2)
+    assert float(contrast_loss(gain, gain, 1.0)) == pytest.approx(0)  # what both show
+    assert float(contrast_loss(gain, gain, 0.0)) == pytest.approx(-0.2)
+    assert float(contrast_loss(nothing, gain, 2.0)) == pytest.approx(0.4)
+
+
+def test_contrast_loss_does_not_pay_for_harm_to_the_image_before():
+    gain = torch.tensor([0.3, 0.1])
+    assert float(contrast_loss(gain, -gain, 1.0)) == pytest.approx(-0.2)
+    assert float(contrast_loss(gain, torch.tensor([-5.0, 0.1]), 1.0)) == pytest.approx(-0.15)  # sample by sample
 
 
 @pytest.mark.parametrize(
@@ -154,3 +178,88 @@ def test_common_phrases_keep_the_words_that_every_pair_has():
 )
 def test_without_phrases_leaves_out_whole_phrases_only(prompt, phrases, left):
     assert without_phrases(prompt, phrases) == left
+
+
+# ------------------------------------------------------------------------------------------------- word search
+
+
+def toy_world(gains: Callable[[str, set[str], int], float]) -> Callable[[list[str], int], torch.Tensor]:
+    """The `errors` of a UNet that each word helps by `gains(word, other words, picture)`: 0.2 takes a fifth off the error."""
+
+    def errors(phrases: list[str], picture: int) -> torch.Tensor:
+        found = []
+        for phrase in phrases:
+            words = phrase.split()
+            found.append(math.prod(1 - gains(word, set(words) - {word}, picture) for word in words))
+        samples = torch.tensor([0.6, 1.0, 1.4])  # some noises are harder than others
+        return torch.tensor(found)[:, None] * samples
+
+    return errors
+
+
+# What each word takes off the error on A and on A': red grass by day became yellow snow.
+PLAIN = {
+    "grass": (0.3, -0.3),
+    "red": (0.2, -0.2),
+    "snow": (-0.3, 0.3),
+    "yellow": (-0.2, 0.2),
+    "cabin": (0.2, 0.2),
+    "day": (0.1, 0.1),
+    "very": (0.0, 0.0),
+    "boat": (-0.3, -0.3),  # false of both
+    "faint": (-0.05, 0.05),  # too little to tell
+    "harmful": (-0.3, -0.04),  # hurts A' as well
+}
+
+
+def plain(word: str, others: set[str], picture: int) -> float:
+    return PLAIN[word][picture]
+
+
+def search(gains, candidates, may_be_shared=(), most: int = 4) -> WordSearch:
+    found = WordSearch(toy_world(gains))
+    found.run(list(candidates), list(may_be_shared), most)
+    return found
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_words_are_sorted_into_lost_gained_and_shared_and_others_are_refused(order):
+    words = search(plain, list(PLAIN)[::order], may_be_shared=PLAIN)
+    lost, gained = words.found
+    assert set(lost) == {"grass", "red"} and set(gained) == {"snow", "yellow"}
+    assert set(words.shared) == {"cabin", "day"}
+
+
+def test_a_search_turned_round_finds_the_same_words_the_other_way_round():
+    words = search(lambda word, others, picture: plain(word, others, 1 - picture), PLAIN)
+    assert [set(side) for side in words.found] == [{"snow", "yellow"}, {"grass", "red"}]
+
+
+@pytest.mark.parametrize("candidates", [[], ["very", "boat", "faint", "harmful"]])
+def test_where_no_word_is_true_none_is_found(candidates):
+    words = search(plain, candidates, may_be_shared=candidates)
+    assert words.found == ([], []) and words.shared == []
+
+
+def misleading(word: str, others: set[str], picture: int) -> float:
+    """Frost fits snow, and A too, once it is known to be of grass: it is in both pictures."""
+    if word == "frost":
+        return 0.35 if picture == 1 else (0.3 if "grass" in others else -0.2)
+    return PLAIN[word][picture]
+
+
+def test_a_word_that_looks_gained_until_the_lost_word_is_known_is_taken_back():
+    assert search(misleading, ["frost"]).found == ([], ["frost"])
+    lost, gained = search(misleading, ["frost", "grass", "snow"]).found
+    assert lost == ["grass"] and gained == ["snow"]
+
+
+def test_words_that_no_prompt_has_are_put_in_the_order_that_is_drawn_better():
+    def errors(phrases: list[str], picture: int) -> torch.Tensor:
+        return torch.tensor([[0.5 if phrase.endswith("yellow snow") else 0.7] for phrase in phrases])
+
+    for found in (["yellow", "snow"], ["snow", "yellow"]):
+        words = WordSearch(errors)
+        words.found = ([], found)
+        words.order(("a cabin", "a cabin on snow"))
+        assert words.found == ([], ["yellow", "snow"])

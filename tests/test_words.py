@@ -1,0 +1,134 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""Which words are taken for the change: by what the UNet says of them, and not by what prompts say."""
+
+import pytest
+import torch
+from conftest import ROOT, STORYBOOK, rows_of, seeded
+from diffusers.utils import load_image
+
+from pipeline_difference_inversion import (
+    DifferenceInversionPipeline,
+    WordSearch,
+    shared_prompt,
+    split_words,
+    unshared_words,
+)
+
+
+@pytest.mark.parametrize(
+    "before, after, shared",
+    [
+        ("a red tent on grass", "a red castle on grass", "a red on grass"),
+        ("a tent, by day, pixel art", "Pixel Art of a tent at night", "a tent pixel art"),
+        ("a tent with a moon, painting", "a tent, painting", "a tent, painting"),
+        ("a tent with a moon", "a boat with a star", ""),  # function words alone say nothing
+        ("<my-cat> on snow", "on snow, <my-cat>", "<my-cat> on snow"),
+        ("", "a tent", ""),
+    ],
+)
+def test_the_shared_prompt_is_what_both_prompts_say_in_any_order(before, after, shared):
+    assert shared_prompt(before, after) == shared
+
+
+def test_unshared_words_say_something_and_stand_in_one_prompt_only():
+    assert unshared_words("a photo of a Red boat, red!", "a boat at night") == ["photo", "red"]
+    assert unshared_words("a boat", "the boat") == []
+
+
+# ---------------------------------------------------------------------------------------- the search, on a toy world
+
+LOUDNESS = {"castle": 0.5, "cabin": 0.5, "storm": 0.04, "day": 0.04, "red": 0.2, "tall": 0.3}
+SHOWN = ({"cabin", "day", "red", "tall"}, {"castle", "storm", "red", "tall"})  # what A shows, and A'
+
+
+def toy_errors(phrases: list[str], picture: int) -> torch.Tensor:
+    """A world in which a true word lowers a picture's error by its loudness and a false one raises it by twice that."""
+
+    def error(phrase: str) -> float:
+        words = dict.fromkeys(split_words(phrase))
+        return 1.0 - sum(LOUDNESS.get(word, 0) * (1 if word in SHOWN[picture] else -2) for word in words)
+
+    return torch.tensor([[error(phrase)] * 2 for phrase in phrases])
+
+
+def search(*candidates: str, errors=toy_errors, said=(), most: int = 4) -> WordSearch:
+    found = WordSearch(errors)
+    found.run(candidates, may_be_shared=said, most=most)
+    return found
+
+
+def test_a_quiet_change_is_found_beside_a_loud_one():
+    assert search("castle", "storm", "cabin", "day").found == (["cabin", "day"], ["castle", "storm"])
+
+
+def test_no_more_words_are_found_than_asked_for():
+    assert search("castle", "storm", "cabin", "day", most=1).found == (["cabin"], ["castle"])
+
+
+def test_words_stand_in_the_order_of_their_prompt():
+    found = WordSearch(toy_errors)
+    found.found[1].extend(["art", "pixel"])
+    found.order(("a boat", "a boat, pixel art"))
+    assert found.found[1] == ["pixel", "art"]
+
+
+# ------------------------------------------------------------------------------------------------- on Storybook
+
+
+@pytest.fixture(scope="module")
+def storybook() -> DifferenceInversionPipeline:
+    pipe = DifferenceInversionPipeline.from_pretrained(STORYBOOK / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def grass_to_desert() -> dict:
+    return {name: load_image(str(ROOT / "examples" / "images" / f"{name}.png")) for name in ("before", "after")}
+
+
+CAPTIONS = {
+    "whole": ("a red cabin on grass by day, painting", "a red cabin on desert by day, painting"),
+    "loose": ("painting of a cabin by day", "something red on desert"),
+    "wrong": ("a red cabin on grass by day, pixel art", "a red cabin on desert by day, painting"),
+    "with fillers": ("a photo of a red cabin on grass", "there is a red cabin on desert for sale"),
+    "silent": ("", ""),
+}
+
+
+def find(pipe, pair: dict, captions: str, **options):
+    before_prompt, after_prompt = CAPTIONS[captions]
+    prompts = {"before_prompt": before_prompt, "after_prompt": after_prompt}
+    return pipe.invert_difference(**pair, **prompts, num_optimization_steps=0, generator=seeded(0), **options)
+
+
+@pytest.mark.parametrize("captions", CAPTIONS)
+def test_the_change_is_found_and_nothing_else_whatever_the_captions_say(storybook, grass_to_desert, captions):
+    difference = find(storybook, grass_to_desert, captions)
+    assert difference.metadata["gained_phrases"] == "desert"
+    assert difference.metadata["lost_phrases"] == "grass"
+
+
+def test_tokens_begin_as_the_words_that_were_gained(storybook, grass_to_desert):
+    ids = storybook.tokenizer("desert", add_special_tokens=False).input_ids
+    table = storybook.text_encoder.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(rows_of(find(storybook, grass_to_desert, "silent")), table[ids])
+
+
+def test_hard_tokens_are_those_words(storybook, grass_to_desert):
+    difference = find(storybook, grass_to_desert, "silent", projection="hard")
+    assert difference.to_text(storybook.tokenizer) == "desert"
+
+
+def test_several_pairs_are_judged_together(storybook, grass_to_desert):
+    pairs = {name: [image, image] for name, image in grass_to_desert.items()}
+    assert find(storybook, pairs, "loose").metadata["gained_phrases"] == "desert"
+
+
+def test_words_are_learned_from_more_carefully_than_random_rows(storybook, grass_to_desert):
+    """The default for random rows would take words out of their places, and that for words would leave random rows."""
+    rates = [
+        float(find(storybook, grass_to_desert, "silent", init=i).metadata["learning_rate"])
+        for i in ("words", "random")
+    ]
+    assert rates[0] < rates[1]
