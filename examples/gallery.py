@@ -11,7 +11,7 @@ from quickstart import IMAGES, STORYBOOK, load_pipeline, make_sheet, open_image
 
 
 VARIATIONS = {
-    "difference_scale": (0.0, 0.1, 0.2, 0.4, 1.0),
+    "difference_scale": (0.0, 0.25, 0.5, 0.75, 1.0),
     "guidance_scale": (0.5, 1.0, 2.0, 4.0, 8.0),
     "strength": (0.05, 0.1, 0.2, 0.4, 0.9),
 }

@@ -209,6 +209,7 @@ PLAIN = {
     "boat": (-0.3, -0.3),  # false of both
     "faint": (-0.05, 0.05),  # too little to tell
     "harmful": (-0.3, -0.04),  # hurts A' as well
+    "glaring": (-1.8, -0.033),  # so does this, however much worse it is for A
 }
 
 
@@ -235,7 +236,7 @@ def test_a_search_turned_round_finds_the_same_words_the_other_way_round():
     assert [set(side) for side in words.found] == [{"snow", "yellow"}, {"grass", "red"}]
 
 
-@pytest.mark.parametrize("candidates", [[], ["very", "boat", "faint", "harmful"]])
+@pytest.mark.parametrize("candidates", [[], ["very", "boat", "faint", "harmful", "glaring"]])
 def test_where_no_word_is_true_none_is_found(candidates):
     words = search(plain, candidates, may_be_shared=candidates)
     assert words.found == ([], []) and words.shared == []
