@@ -500,7 +500,7 @@ class DifferenceTokens:
         others = other.embeddings if len(names) > 1 else dict(zip(names, other.embeddings.values(), strict=True))
         if any(own.shape[1:] != others[name].shape[1:] for name, own in self.embeddings.items()):
             raise ValueError(f"Differences of different base models do not add: {self!r} and {other!r}.")
-        common = ("base_model", "prediction_type", "embedding_fingerprint")
+        common = ("base_model", "prediction_type", "embedding_fingerprint", "negated")
         metadata = {k: v for k, v in self.metadata.items() if k in common and other.metadata.get(k) == v}
         for key in ("lost_phrases", "gained_phrases"):
             acting = (d for d in (self, other) if any(rows.any() for rows in d.embeddings.values()))

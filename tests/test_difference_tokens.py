@@ -58,6 +58,15 @@ def test_arithmetic_keeps_what_a_difference_takes_the_place_of():
     assert (nothing + other).metadata["lost_phrases"] == "by day"
 
 
+def test_a_sum_of_two_ways_back_is_the_way_back_of_the_sum():
+    one, other = (
+        DifferenceTokens({"<difference>": torch.ones(1, 4)}, {"lost_phrases": lost, "gained_phrases": gained})
+        for lost, gained in (("day", "night"), ("grass", "snow"))
+    )
+    assert (-one + -other).metadata == (-(one + other)).metadata
+    assert "negated" not in (one + -other).metadata
+
+
 def test_a_sum_has_the_rows_of_both_one_after_the_other(tokens):
     other = random_tokens(num_tokens=2, seed=6)
     torch.testing.assert_close(rows_of(tokens + other), torch.cat([rows_of(tokens), rows_of(other)]))
