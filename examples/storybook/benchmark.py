@@ -106,6 +106,7 @@ PAPER = {
     "strength": 0.9,
     "guidance_scale": 2.5,
     "replace_phrases": False,
+    "complete_prompts": False,
 }
 CEILING = {"init": "random", "num_optimization_steps": 400, "learning_rate": 0.01}
 SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
