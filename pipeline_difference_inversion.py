@@ -91,6 +91,7 @@ NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
 NUM_COMPLETION_WORDS = 8  # vocabulary words that CLIP proposes for a query
 NUM_COMPLETION_SAMPLES = 4  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
+MOST_AT_ONCE = 8  # latents in one call of the UNet, where more are known beforehand
 NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
 NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, when a hard prompt is revised
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
@@ -110,7 +111,8 @@ NUM_MASK_STEPS = 10  # of the drawing, at which a mask is looked for
 AUTO_MASK_THRESHOLD = 0.15
 # Words that alone say nothing of a picture, so that captions which differ by them alone do not differ.
 FUNCTION_WORDS = frozenset(
-    "a an the and or of in on at by to with from for as is are was were be it its this that".split()
+    "a an the and or of in on at by to with without from for as is are was were be it its this that there some something "
+    "nothing".split()
 )
 # How far out random tokens begin, in standard deviations of the vocabulary. Of rows near zero a text encoder sees, after
 # its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
@@ -1060,6 +1062,10 @@ class _Condition:
         """Each prompt `count` times in a row."""
         return self.each(lambda embeds: embeds.repeat_interleave(count, dim=0))
 
+    def tile(self, count: int) -> "_Condition":
+        """The whole batch `count` times."""
+        return self.each(lambda embeds: embeds.repeat(count, *[1] * (embeds.ndim - 1)))
+
     def followed_by(self, other: "_Condition") -> "_Condition":
         """Both batches as one."""
         others = iter(vars(other).values())
@@ -1087,6 +1093,21 @@ class _Guidance:
         repeated = {id(c): c.repeat(count) for c in (*self.stages, self.own, self.baseline)}  # the same stays the same
         stages = [repeated[id(stage)] for stage in self.stages]
         return _Guidance(stages, self.shares, repeated[id(self.own)], repeated[id(self.baseline)])
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the query's own prompt is all there is."""
+        return len(self.stages) == 1 and self.stages[0] is self.own is self.baseline
+
+    @property
+    def lies_between(self) -> bool:
+        """Whether several stages have a share, and none is exaggerated."""
+        return max(self.shares) < 1 and min(self.shares) >= 0
+
+    def apart(self) -> list["_Guidance"]:
+        """Each stage that has a share, by itself."""
+        parts = zip(self.shares, self.stages, strict=True)
+        return [replace(self, stages=[stage], shares=[1.0]) for share, stage in parts if share]
 
     def weights(self, guidance_scale: float) -> list[tuple[float, _Condition]]:
         """What to mix at a guidance scale, leaving out what has no share."""
@@ -1140,7 +1161,8 @@ class _Start:
     """Where denoising begins, and what leads down from there.
 
     `path` are the latents of the query itself before each step and after the last, (steps + 1, batch, ...), if there is a
-    query; `noises` (steps, batch, ...) are each step's, if they are fixed.
+    query; `noises` (steps, batch, ...) are each step's, if they are fixed, with which the query's own prompt leads
+    down that path.
     """
 
     latents: torch.Tensor
@@ -2113,7 +2135,7 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 40,
+        num_optimization_steps: int = 30,
         learning_rate: Optional[float] = None,
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
@@ -2173,7 +2195,7 @@ class DifferenceInversionPipeline(
 
         Returns:
             The difference tokens that were best on a fixed set of noises and time steps, of those that they began as
-            and of every tenth of the way.
+            and of several on the way.
 
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
@@ -2474,7 +2496,7 @@ class DifferenceInversionPipeline(
         optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, max(1, num_steps))
         contrasts = goal.settings.objective == "contrast"
         probes = [self._probe(example, goal, generator) for example in goal.examples]
-        judge_every = max(1, num_steps // (3 if contrasts else 10))
+        judge_every = max(1, num_steps // (2 if contrasts else 10))
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
         scale = 1024.0 if half else 1.0
@@ -2680,13 +2702,25 @@ class DifferenceInversionPipeline(
             return scheduler.add_noise(latents, noise, t[None])
 
         noises, path = [], [*map(noised, timesteps), latents]
-        for t, (here, there) in zip(self.progress_bar(timesteps), pairwise(path), strict=True):
-            prediction = self._unet_output(here, t, condition).float()
+        predictions = self._predictions_along(path[:-1], timesteps, condition)
+        for t, prediction, (here, there) in zip(timesteps, predictions, pairwise(path), strict=True):
             step = partial(scheduler.step, prediction, t, here, eta=eta)
             mean = step(variance_noise=torch.zeros_like(here)).prev_sample
             deviation = step(variance_noise=torch.ones_like(here)).prev_sample - mean
             noises.append(torch.where(deviation > 0, (there - mean) / deviation, 0))
         return torch.stack(path), torch.stack(noises)
+
+    def _predictions_along(
+        self, path: list[torch.Tensor], timesteps: torch.Tensor, condition: _Condition
+    ) -> Iterator[torch.Tensor]:
+        """The UNet's predictions (batch, ...) at each place of a path that is known beforehand, several at a time."""
+        several = max(1, MOST_AT_ONCE // len(path[0]))
+        with self.progress_bar(total=len(path)) as progress_bar:
+            for latents, t in zip(_chunks(path, several), timesteps.split(several), strict=True):
+                conditions = condition.tile(len(latents))
+                predictions = self._unet_output(torch.cat(latents), t.repeat_interleave(len(path[0])), conditions)
+                yield from predictions.float().chunk(len(latents))
+                progress_bar.update(len(latents))
 
     def _denoise(
         self, start: _Start, guidance: _Guidance, mask, eta, generator, callback, tensor_inputs
@@ -2699,30 +2733,54 @@ class DifferenceInversionPipeline(
         latents, scheduler, timesteps = start.latents, start.scheduler, start.timesteps
         accepted = inspect.signature(scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
+        apart = start.path is not None and guidance.lies_between
+        shares = [share for share in guidance.shares if share]
+        drawn = [latents] * len(shares)
+
+        def step(latents: torch.Tensor, guidance: _Guidance) -> torch.Tensor:
+            if start.noises is not None and guidance.changes_nothing and torch.equal(latents, start.path[i]):
+                return start.path[i + 1]
+            inputs = scheduler.scale_model_input(latents, t)
+            prediction = self._guided(inputs, t, guidance).to(latents.dtype)
+            latents = scheduler.step(prediction, t, latents, **extra).prev_sample
+            return latents if mask is None else torch.where(mask, latents, start.path[i + 1])
+
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 break
-            inputs = scheduler.scale_model_input(latents, t)
-            prediction = self._guided(inputs, t, guidance).to(latents.dtype)
             if start.noises is not None:
                 extra = {"eta": eta, "variance_noise": start.noises[i]}
-            latents = scheduler.step(prediction, t, latents, **extra).prev_sample
-            if mask is not None:
-                latents = torch.where(mask, latents, start.path[i + 1])
+            elif apart and eta > 0:  # the same noise for all stages
+                noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+                extra = {"eta": eta, "variance_noise": noise}
+            if apart:
+                drawn = [step(each, stage) for each, stage in zip(drawn, guidance.apart(), strict=True)]
+                latents = sum(share * each for share, each in zip(shares, drawn, strict=True))
+            else:
+                latents = step(latents, guidance)
             if callback is not None:
-                condition, baseline = guidance.stages[-1], guidance.baseline
-                negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
-                known = {"latents": latents, **vars(condition), **negative}
-                guidance_scale = self._guidance_scale
-                known |= callback(self, i, t, {name: known[name] for name in tensor_inputs}) or {}
-                if self._guidance_scale == 0 != guidance_scale:
-                    # Diffusers' callbacks mean the prompt alone by 0, and not the baseline.
-                    self._guidance_scale = 1.0
-                latents = known["latents"]
-                condition = _Condition(*(known[name] for name in vars(condition)))
-                baseline = _Condition(*(known[f"negative_{name}"] for name in vars(baseline)))
-                guidance = replace(guidance, stages=[*guidance.stages[:-1], condition], baseline=baseline)
+                given, guidance = self._call_back(callback, tensor_inputs, i, t, latents, guidance)
+                drawn = [each + (given - latents) for each in drawn]
+                latents = given
         return latents.to(self.unet.dtype)
+
+    def _call_back(
+        self, callback: Callable, tensor_inputs: Sequence[str], i: int, t: torch.Tensor, latents, guidance: _Guidance
+    ) -> tuple[torch.Tensor, _Guidance]:
+        """The latents and the prompts as a user's callback leaves them."""
+        condition, baseline = guidance.stages[-1], guidance.baseline
+        negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
+        known, guidance_scale = {"latents": latents, **vars(condition), **negative}, self._guidance_scale
+        changed = callback(self, i, t, {name: known[name] for name in tensor_inputs}) or {}
+        if self._guidance_scale == 0 != guidance_scale:
+            # Diffusers' callbacks mean the prompt alone by 0, and not the baseline.
+            self._guidance_scale = 1.0
+        known |= changed
+        if changed.keys() & vars(condition).keys():
+            condition = _Condition(*(known[name] for name in vars(condition)))
+        if changed.keys() & negative.keys():
+            baseline = _Condition(*(known[name] for name in negative))
+        return known["latents"], replace(guidance, stages=[*guidance.stages[:-1], condition], baseline=baseline)
 
     def _guided(self, inputs, t, guidance: _Guidance) -> torch.Tensor:
         """The mixture of the UNet's predictions (batch, ...)."""
@@ -2897,7 +2955,7 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 40,
+        num_optimization_steps: int = 30,
         learning_rate: Optional[float] = None,
         alpha: float = 0.8,
         lambda_clip: float = 0.5,
@@ -2932,7 +2990,8 @@ class DifferenceInversionPipeline(
             after: A'.
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
             difference_scale: how much of the difference, or of each: 0 gives the query back, 1 is the whole change, and
-                values between mix what the UNet predicts without it and with it, at up to twice the cost. Negative takes
+                values between lie on the way from the one to the other, in latents. (Without a query image they mix what
+                the UNet predicts, as more than 1 does with one, at up to twice the cost.) Negative takes
                 the change back on an image that has it, by the words that the pair lost, which the difference remembers;
                 one without such words is negated (equation 8).
             replace_phrases: leave out of the query's prompt the words that the pair lost, so that the tokens need not
@@ -3093,6 +3152,10 @@ class DifferenceInversionPipeline(
         if not return_dict:
             return answers, difference
         return DifferenceInversionPipelineOutput(images=answers, difference=difference)
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _features(output: Any) -> torch.Tensor:

@@ -178,7 +178,7 @@ def test_a_negative_prompt_is_what_guidance_leads_away_from(pipe):
 def test_a_guidance_of_one_is_the_limit_of_guidance_near_one_at_half_the_cost(pipe):
     with forward_calls(pipe.unet) as calls:
         exactly = apply(pipe, guidance_scale=1.0)
-    assert [len(call[1][0]) for call in calls] == [1] * 2 * STEPS  # STEPS of inversion, and as many of drawing
+    assert sum(len(call[1][0]) for call in calls) == 2 * STEPS  # STEPS of inversion, and as many of drawing
     torch.testing.assert_close(apply(pipe, guidance_scale=1 + 1e-6), exactly, atol=1e-4, rtol=1e-4)
 
 
@@ -220,7 +220,44 @@ def one_step(pipe, noise: torch.Tensor, mixture: list[tuple[float, str, torch.Te
     return scheduler.step(total, t, noise).prev_sample
 
 
-def test_a_scale_mixes_what_the_unet_predicts_without_the_difference_and_with_it(either_pipe):
+def test_a_part_of_a_change_lies_as_far_on_the_straight_line_to_the_whole_change(either_pipe):
+    """At no more cost than the whole."""
+    query, whole = latents_of(either_pipe, picture("blue")), apply(either_pipe, guidance_scale=1.0)
+    with forward_calls(either_pipe.unet) as calls:
+        part = apply(either_pipe, guidance_scale=1.0, difference_scale=0.3)
+    torch.testing.assert_close(part, 0.7 * query + 0.3 * whole, atol=1e-4, rtol=1e-4)
+    assert sum(len(call[1][0]) for call in calls) == 2 * STEPS
+
+
+@pytest.mark.parametrize("options", [{"guidance_scale": 3.0}, {"inversion": "ddim"}, {"inversion": "sdedit", "eta": 0.5}], ids=str)
+def test_a_part_of_a_change_lies_between_whatever_the_inversion_and_the_guidance(pipe, options):
+    none, part, whole = (apply(pipe, **options, difference_scale=scale) for scale in (0, 0.3, 1))
+    torch.testing.assert_close(part, 0.7 * none + 0.3 * whole, atol=1e-4, rtol=1e-4)
+
+
+def test_more_than_a_whole_change_goes_further_than_the_whole(pipe):
+    none, whole, more = (apply(pipe, difference_scale=scale) for scale in (0, 1, 1.2))
+    assert (more - none).norm() > 1.05 * (whole - none).norm()
+
+
+def test_of_two_differences_the_second_counts_for_as_far_as_its_scale_reaches(pipe):
+    one, two = random_tokens(), random_tokens(num_tokens=3, seed=6)
+    first, both = apply(pipe, difference=one), apply(pipe, difference=[one, two])
+    between = apply(pipe, difference=[two, one], difference_scale=[0.5, 1.0])
+    torch.testing.assert_close(between, (first + both) / 2, atol=1e-4, rtol=1e-4)
+
+
+def test_a_callback_may_change_the_latents_of_a_part_of_a_change(pipe):
+    """What it adds to the last of them is in the answer."""
+
+    def brighten(pipe, i, t, tensors):
+        return {"latents": tensors["latents"] + 0.5} if i == STEPS - 1 else {}
+
+    part, brighter = (apply(pipe, difference_scale=0.3, callback_on_step_end=c) for c in (None, brighten))
+    torch.testing.assert_close(brighter, part + 0.5, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_query_a_scale_mixes_what_the_unet_predicts_without_the_difference_and_with_it(either_pipe):
     pipe, noise, rows = either_pipe, torch.randn(1, 4, 4, 4, generator=seeded(3)), rows_of(random_tokens())
     for scale in (0, 0.5, 1, 1.5):
         answer = draw(pipe, latents=noise, difference_scale=scale, num_inference_steps=1, guidance_scale=1.0)
@@ -229,7 +266,7 @@ def test_a_scale_mixes_what_the_unet_predicts_without_the_difference_and_with_it
 
 
 @pytest.mark.parametrize("scale, evaluations", [(0, 1), (1, 1), (0.5, 2)])
-def test_only_a_part_of_a_change_costs_more(pipe, scale, evaluations):
+def test_without_a_query_only_a_part_of_a_change_costs_more(pipe, scale, evaluations):
     with forward_calls(pipe.unet) as calls:
         draw(pipe, difference_scale=scale, guidance_scale=1.0)
     assert [len(call[1][0]) for call in calls] == [evaluations] * STEPS
