@@ -88,8 +88,8 @@ NUM_EVIDENCE_SAMPLES = 6  # (noise, time step) pairs that a word is judged on
 EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
 NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
 NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
-NUM_COMPLETION_WORDS = 8  # vocabulary words that CLIP proposes for a query
-NUM_COMPLETION_SAMPLES = 4  # (noise, time step) pairs that they are judged on
+NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
+NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
 MOST_AT_ONCE = 8  # latents in one call of the UNet, where more are known beforehand
 NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
@@ -99,6 +99,7 @@ NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, whe
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.03
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
 CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
+LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
 LEAST_SHARED_GAIN = 0.03  # relative gain on both pictures with which a word belongs to the prompt of both
 # Of each step's noise, with `inversion="ddpm"`. Against 1, answers on Storybook were as often right, and nearer to the right
 # pictures by 0.5 ± 0.3 dB (56 analogies of three seeds).
@@ -2419,28 +2420,39 @@ class DifferenceInversionPipeline(
             return prompts
         encoder = self._encoders_with_clip()[0]
         with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
-            words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
-            likeness = self._clip_image_features(encoder.clip, images) @ self._word_features(encoder, words).T
-            nearest = words[likeness.topk(min(NUM_COMPLETION_WORDS, len(words))).indices]
+            proposed = self._unsaid_words(encoder, prompts, images)
             latents = self._encode_images(images, "image", size).float()
             # The same noises for all images, so that it does not matter in whose company one is completed.
             noise = torch.Generator().manual_seed(0)
             draw = self._draw(latents[:1], NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
-            proposed = [[_written(self.tokenizer, [index]) for index in line] for line in nearest.tolist()]
             each = zip(prompts, proposed, latents.split(1), strict=True)
             return [self._with_true_words(prompt, words, own, draw) for prompt, words, own in each]
 
+    def _unsaid_words(self, encoder: _Encoder, prompts: list[str], images: list) -> list[list[str]]:
+        """The vocabulary's nearest to what CLIP sees in each image and its prompt does not say."""
+        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
+        # A half was enough: without it, colors of things that were named came too far behind other words for them.
+        unsaid = self._clip_image_features(encoder.clip, images) - 0.5 * self._clip_text_features(encoder, prompts)
+        orders = (unsaid @ self._word_features(encoder, words).T).argsort(descending=True)
+        proposed = []
+        for prompt, order in zip(prompts, orders, strict=True):
+            said = set(split_words(prompt))
+            new = (
+                word
+                for word in (_written(self.tokenizer, [index]) for index in words[order].tolist())
+                if word not in said
+            )
+            proposed.append(list(islice(new, NUM_COMPLETION_WORDS)))
+        return proposed
+
     def _with_true_words(self, prompt: str, words: list[str], latents: torch.Tensor, draw: _Draw) -> str:
         """A prompt with those of the words with which the UNet draws the latents (1, ...) better, the best one first."""
-        words = [word for word in words if word not in split_words(prompt)]
         (reference,) = (errors,) = self._prompt_errors([prompt], latents, draw)
-        for _ in range(NUM_SEARCH_ROUNDS):
-            if not words:
-                break
+        while words:
             found = self._prompt_errors([f"{prompt} {word}".strip() for word in words], latents, draw)
             gains = ((errors - found) / reference).mean(1)
             best = int(gains.argmax())
-            if gains[best] < LEAST_SHARED_GAIN:
+            if gains[best] < LEAST_COMPLETION_GAIN:
                 break
             prompt, errors = f"{prompt} {words[best]}".strip(), found[best]
             words = [w for w, gain in zip(words, gains.tolist(), strict=True) if w != words[best] and gain > -0.05]

@@ -229,7 +229,9 @@ def test_a_part_of_a_change_lies_as_far_on_the_straight_line_to_the_whole_change
     assert sum(len(call[1][0]) for call in calls) == 2 * STEPS
 
 
-@pytest.mark.parametrize("options", [{"guidance_scale": 3.0}, {"inversion": "ddim"}, {"inversion": "sdedit", "eta": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 3.0}, {"inversion": "ddim"}, {"inversion": "sdedit", "eta": 0.5}], ids=str
+)
 def test_a_part_of_a_change_lies_between_whatever_the_inversion_and_the_guidance(pipe, options):
     none, part, whole = (apply(pipe, **options, difference_scale=scale) for scale in (0, 0.3, 1))
     torch.testing.assert_close(part, 0.7 * none + 0.3 * whole, atol=1e-4, rtol=1e-4)
