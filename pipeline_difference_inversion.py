@@ -2414,7 +2414,8 @@ class DifferenceInversionPipeline(
 
         CLIP proposes words, and the UNet takes those with which it draws the image better. A caption often names less
         than half of what can be seen, and what no word holds may drift when the rest is redrawn. This takes the place of
-        the prompt that "fully anchors" an image in the paper. Without a CLIP, prompts stay as they are.
+        the prompt that "fully anchors" an image in the paper. Without a CLIP, prompts stay as they are. What is added is
+        logged.
         """
         if not self._encoders_with_clip() or self.clip_processor is None:
             return prompts
@@ -2426,23 +2427,23 @@ class DifferenceInversionPipeline(
             noise = torch.Generator().manual_seed(0)
             draw = self._draw(latents[:1], NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
             each = zip(prompts, proposed, latents.split(1), strict=True)
-            return [self._with_true_words(prompt, words, own, draw) for prompt, words, own in each]
+            completed = [self._with_true_words(prompt, words, own, draw) for prompt, words, own in each]
+        for prompt, longer in zip(prompts, completed, strict=True):
+            if longer != prompt:
+                logger.info("The query's prompt %r is completed to %r.", prompt, longer)
+        return completed
 
     def _unsaid_words(self, encoder: _Encoder, prompts: list[str], images: list) -> list[list[str]]:
         """The vocabulary's nearest to what CLIP sees in each image and its prompt does not say."""
         words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
-        # A half was enough: without it, colors of things that were named came too far behind other words for them.
+        # What is said already would come first, and leave no room for quieter things.
         unsaid = self._clip_image_features(encoder.clip, images) - 0.5 * self._clip_text_features(encoder, prompts)
         orders = (unsaid @ self._word_features(encoder, words).T).argsort(descending=True)
         proposed = []
         for prompt, order in zip(prompts, orders, strict=True):
-            said = set(split_words(prompt))
-            new = (
-                word
-                for word in (_written(self.tokenizer, [index]) for index in words[order].tolist())
-                if word not in said
-            )
-            proposed.append(list(islice(new, NUM_COMPLETION_WORDS)))
+            said = split_words(prompt)
+            ranked = (_written(self.tokenizer, [index]) for index in words[order].tolist())
+            proposed.append(list(islice((word for word in ranked if word not in said), NUM_COMPLETION_WORDS)))
         return proposed
 
     def _with_true_words(self, prompt: str, words: list[str], latents: torch.Tensor, draw: _Draw) -> str:

@@ -267,20 +267,20 @@ def hear_ctrl_c():
 
 
 @contextmanager
-def logged(name: str = "pipeline_difference_inversion"):
-    """The pipeline's log lines, as texts."""
+def logged(name: str = "pipeline_difference_inversion", level: int = logging.WARNING):
+    """The pipeline's log lines, as texts; by default those that users see who set nothing."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger(name)
-    level = logger.level
+    earlier = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)  # what users see who set nothing
+    logger.setLevel(level)
     try:
         yield lines
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        logger.setLevel(earlier)
 
 
 def pytest_unconfigure():

@@ -1,13 +1,16 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Which words are taken for the change: by what the UNet says of them, and not by what prompts say."""
 
+import logging
+
 import pytest
 import torch
-from conftest import ROOT, STORYBOOK, rows_of, seeded
+from conftest import ROOT, STORYBOOK, logged, rows_of, seeded
 from diffusers.utils import load_image
 
 from pipeline_difference_inversion import (
     DifferenceInversionPipeline,
+    DifferenceTokens,
     WordSearch,
     shared_prompt,
     split_words,
@@ -132,3 +135,26 @@ def test_words_are_learned_from_more_carefully_than_random_rows(storybook, grass
         for i in ("words", "random")
     ]
     assert rates[0] < rates[1]
+
+
+@pytest.mark.parametrize(
+    "prompt, added",
+    [
+        ("a cabin", {"painting", "red", "grass"}),
+        ("something red", {"cabin", "painting", "grass"}),
+        ("a photo of a cabin", {"painting", "red", "grass"}),
+        ("a red cabin on grass by day, painting", set()),
+    ],
+)
+def test_a_query_s_prompt_is_completed_by_what_is_true_of_it_and_the_log_says_so(
+    storybook, grass_to_desert, prompt, added
+):
+    """The query is a red cabin on grass by day, a painting. That it is day is no news to the model, and was not added."""
+    zero = DifferenceTokens({"<difference>": torch.zeros(1, storybook.text_encoder.config.hidden_size)})
+    with logged(level=logging.INFO) as lines:
+        storybook(image=grass_to_desert["before"], prompt=prompt, difference=zero, num_inference_steps=1)
+    lines = [line for line in lines if "completed" in line]
+    assert len(lines) == bool(added)
+    for line in lines:
+        assert repr(prompt) in line
+        assert set(line.split(f"to '{prompt} ")[1].rstrip(".'").split()) == added
