@@ -84,19 +84,23 @@ FILE_FORMAT_VERSION = 1
 DEFAULT_TOKEN = "<difference>"
 TWO_ENCODER_TOKENS = ("clip_l", "clip_g")  # as SDXL's embeddings are named in other programs' files
 NUM_PROBE_SAMPLES = 8  # (noise, time step) pairs that tokens are judged on
-NUM_EVIDENCE_SAMPLES = 6  # (noise, time step) pairs that a word is judged on
+NUM_EVIDENCE_SAMPLES = 5  # (noise, time step) pairs that a word is judged on
+NUM_VERIFICATION_SAMPLES = 12  # other pairs, that the words found must hold on too
 EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
 NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
 NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
 NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
 NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
-MOST_AT_ONCE = 8  # latents in one call of the UNet, where more are known beforehand
+MOST_AT_ONCE = 12  # latents in one call of the UNet, where more are known beforehand
+MOST_LEARNED_AT_ONCE = 4  # likewise where gradients come back, which takes far more memory
 NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
 NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, when a hard prompt is revised
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
 # than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.03
+# Relative harm to its own picture, on fresh noises, with which a word is taken back. See RESULTS.md.
+MOST_FRESH_HARM = 0.003
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
 CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
 LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
@@ -115,14 +119,13 @@ FUNCTION_WORDS = frozenset(
     "a an the and or of in on at by to with without from for as is are was were be it its this that there some something "
     "nothing".split()
 )
-# How far out random tokens begin, in standard deviations of the vocabulary. Of rows near zero a text encoder sees, after
-# its first normalisation, the positions alone, which no text has: tokens that begin there must first restore the picture
-# that they break, and learn what is in it instead of what changed.
-RANDOM_INIT_SCALE = 3.0
+# How far out random tokens begin, in standard deviations of the vocabulary. See RESULTS.md.
+RANDOM_INIT_SCALE = 1.0
 PROMPT_ARGUMENTS = ("images", "height", "width", "generator")  # of what writes prompts, which a call has of its own
 QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
-# Words are nearly there, and steps that take random rows to their place in time lead them away from theirs.
-LEARNING_RATE, LEARNING_RATE_FROM_WORDS = 1e-2, 3e-3
+# Words are nearly there: steps that take random rows to their place in time lead words away from theirs.
+FROM_WORDS = {"objective": "contrast", "num_optimization_steps": 8, "learning_rate": 0.003}
+FROM_ROWS = {"objective": "consistency", "num_optimization_steps": 60, "learning_rate": 0.02}
 
 # The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
 MATCHING_CLIP = {
@@ -358,14 +361,16 @@ class WordSearch:
 
     Args:
         errors: `errors(phrases, picture)` gives the UNet's errors (phrases, samples) on A (picture 0) or A' (picture 1),
-            with each phrase after what the prompts of the pair share; relative to those without a phrase.
+            with each phrase after what the prompts of the pair share.
     """
 
     def __init__(self, errors: Callable[[list[str], int], torch.Tensor]):
         self.errors = errors
         self.shared: list[str] = []
         self.found: tuple[list[str], list[str]] = ([], [])  # what A lost, what A' gained
-        self._known: dict[tuple[str, int], torch.Tensor] = {}
+        without_words = torch.cat([errors([""], picture) for picture in (0, 1)])
+        self._scale = without_words.mean(0)  # all errors are relative to it
+        self._known = {("", picture): found / self._scale for picture, found in enumerate(without_words)}
 
     def run(self, candidates: Sequence[str], may_be_shared: Sequence[str], most: int) -> None:
         """Fills `found` with up to `most` words a side, and `shared` with words of `may_be_shared`."""
@@ -417,7 +422,8 @@ class WordSearch:
     def _errors(self, phrases: list[str], picture: int) -> list[torch.Tensor]:
         new = [phrase for phrase in dict.fromkeys(phrases) if (phrase, picture) not in self._known]
         if new:
-            self._known.update({(p, picture): e for p, e in zip(new, self.errors(new, picture), strict=True)})
+            found = self.errors(new, picture) / self._scale
+            self._known.update({(phrase, picture): e for phrase, e in zip(new, found, strict=True)})
         return [self._known[phrase, picture] for phrase in phrases]
 
     def drop_refuted(self) -> set[str]:
@@ -435,6 +441,22 @@ class WordSearch:
                 return dropped
             self.found[refuted[0]].remove(refuted[1])
             dropped.add(refuted[1])
+
+    def verify(self, errors: Callable[[list[str], int], torch.Tensor]) -> None:
+        """Takes back words without which their own picture is drawn better by errors that did not choose them.
+
+        Of many words that are tried, the best on a few noises is sometimes the luckiest.
+        """
+        fresh = WordSearch(errors)
+        for picture, words in enumerate(self.found):
+            while words:
+                shorter = [words[:i] + words[i + 1 :] for i in range(len(words))]
+                phrases = [" ".join([*self.shared, *kept]) for kept in (words, *shorter)]
+                with_all, *without = fresh._errors(phrases, picture)
+                gains = torch.stack([(error - with_all).mean() for error in without])
+                if gains.min() > -MOST_FRESH_HARM:
+                    break
+                words.pop(int(gains.argmin()))
 
     def order(self, prompts: tuple[str, str]) -> None:
         """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""
@@ -1178,17 +1200,23 @@ class _Settings:
     """How tokens are learned: the arguments of [`~DifferenceInversionPipeline.invert_difference`] of these names."""
 
     num_tokens: int
-    num_optimization_steps: int
+    num_optimization_steps: Optional[int]
     learning_rate: Optional[float]
     alpha: float
     lambda_clip: float
     lambda_tc: float
     lambda_before: float
     lambda_contrast: float
-    objective: str
+    objective: Optional[str]
     init: str
     projection: str
     num_samples_per_step: int
+    complete_prompts: bool
+
+    def for_start(self, from_words: bool) -> "_Settings":
+        """With what was left to where tokens begin."""
+        defaults = FROM_WORDS if from_words else FROM_ROWS
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 @dataclass
@@ -1473,7 +1501,8 @@ class DifferenceInversionPipeline(
         self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
         room = "the text encoder's window has room for no more"
         check_number("num_tokens", settings.num_tokens, 1, self._room(), whole=True, meaning=room)
-        check_number("num_optimization_steps", settings.num_optimization_steps, 0, whole=True)
+        if settings.num_optimization_steps is not None:
+            check_number("num_optimization_steps", settings.num_optimization_steps, 0, whole=True)
         check_number("num_samples_per_step", settings.num_samples_per_step, 1, whole=True)
         check_number("alpha", settings.alpha, 0, 1, meaning="from the images' delta to the captions'")
         for name in ("lambda_clip", "lambda_tc", "lambda_before", "lambda_contrast"):
@@ -1484,7 +1513,7 @@ class DifferenceInversionPipeline(
             )
         if settings.learning_rate is not None:
             check_number("learning_rate", settings.learning_rate, above=0)
-        check_choice("objective", settings.objective, "contrast", "consistency")
+        check_choice("objective", settings.objective, "contrast", "consistency", None)
         check_choice("init", settings.init, "words", "random", "zeros")
         check_choice("projection", settings.projection, "soft", "hard")
         if settings.lambda_clip > 0:
@@ -2136,17 +2165,18 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 30,
+        num_optimization_steps: Optional[int] = None,
         learning_rate: Optional[float] = None,
-        alpha: float = 0.8,
+        alpha: float = 0.0,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
         lambda_before: float = 0.0,
         lambda_contrast: float = 1.0,
-        objective: str = "contrast",
+        objective: Optional[str] = None,
         init: str = "words",
         projection: str = "soft",
-        num_samples_per_step: int = 2,
+        num_samples_per_step: int = 4,
+        complete_prompts: bool = True,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
     ) -> DifferenceTokens:
@@ -2167,10 +2197,12 @@ class DifferenceInversionPipeline(
             height, width: to resize the images to, in pixels; the first image's own by default, in whole latents.
             num_tokens: rows to learn, 1 to the text encoder's window less two. Tokens that begin as words are no more than
                 the words that were found, and no more than this.
-            num_optimization_steps: optimizer steps; 0 learns nothing, and the tokens are what they begin as.
+            num_optimization_steps: optimizer steps; 0 learns nothing, and the tokens are what they begin as. By default 8
+                for tokens that begin as words, and 60 for others.
             learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.003 for tokens that begin as
-                words, and 0.01 for others.
-            alpha: 0 trusts the images' delta, 1 the captions' (equation 5).
+                words, and 0.02 for others.
+            alpha: 0 trusts the images' delta, 1 the captions' (equation 5). The paper has 0.8; captions that leave things
+                out made it worse here.
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
                 the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).
@@ -2178,18 +2210,22 @@ class DifferenceInversionPipeline(
                 paper has 1; at 0 a step needs half the UNet's work.
             lambda_contrast: with `objective="contrast"`, how much it costs that the tokens help A as well. At 1, what A
                 and A' share earns nothing. Ours, not the paper's.
-            objective: what the tokens are learned by. `"contrast"`, ours: under the prompt that A and A' share, they must
-                help A' and not A, where the two differ. `"consistency"`, the paper's equations 7 to 9: under A's prompt
-                they must help A', which also pays for whatever that prompt leaves out.
+            objective: what the tokens are learned by. `"contrast"`, ours and the default for tokens that begin as words:
+                under the prompt that A and A' share, they must help A' and not A, where the two differ.
+                `"consistency"`, the paper's equations 7 to 9 and the default for others: under A's prompt they must help
+                A'. That also pays for whatever the prompt leaves out, so see `complete_prompts`.
             init: where the tokens begin. `"words"`, ours: as the words of which the UNet says that they hold for A' and not
                 for A. The prompts propose words, and so does CLIP, if there is one, from its whole vocabulary; a word that
                 only one caption happens to say is refused. What was lost is kept in the metadata, as `lost_phrases`.
-                Where no word is found, rows are random. `"random"`: three times as far out as the vocabulary's rows.
-                `"zeros"`: the paper's, section 4.4, which worked less well here.
+                Where no word is found, rows are random. `"random"`: spread as the vocabulary's rows are. `"zeros"`: the
+                paper's, section 4.4, which worked less well here.
             projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
                 pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
                 words there are no more of them than it found. They can hardly say that something has gone.
             num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
+            complete_prompts: for tokens that do not begin as words, add words to the prompts of A and of A' for what they
+                leave unsaid, as [`__call__`] does for a query; else the tokens would have to say it. It needs a CLIP, and is
+                left out without one. Ours, in place of the paper's PEZ prompts.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
                 `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
@@ -2214,6 +2250,7 @@ class DifferenceInversionPipeline(
             init=init,
             projection=projection,
             num_samples_per_step=num_samples_per_step,
+            complete_prompts=complete_prompts,
         )
         self.check_learning_inputs(
             before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
@@ -2258,16 +2295,16 @@ class DifferenceInversionPipeline(
                     "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
                 )
             elif settings.init == "words":
-                draw = self._draw(before_latents[0], NUM_EVIDENCE_SAMPLES, generator, False, EVIDENCE_TIMESTEPS)
-                lost, gained = self._find_words(examples, befores, afters, settings, draw).found
+                lost, gained = self._find_words(examples, befores, afters, settings.num_tokens, generator)
             words = self._word_rows(gained, settings.num_tokens, allowed)
-            if settings.learning_rate is None:
-                learning_rate = LEARNING_RATE_FROM_WORDS if len(words) and not hard else LEARNING_RATE
-                settings = replace(settings, learning_rate=learning_rate)
             if len(words):  # random rows beside them would say what nobody meant
                 settings = replace(settings, num_tokens=len(words))
             elif lost and not hard:  # to leave out what was lost is the whole change
                 settings = replace(settings, num_tokens=1, init="zeros")
+            from_words = len(words) > 0 or (bool(lost) and not hard)
+            settings = settings.for_start(from_words)
+            if settings.complete_prompts and not (from_words or alike):
+                examples = self._completed_examples(examples, befores, afters, settings)
             vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
             tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
             goal = _Goal(examples, deltas, settings, vocabulary)
@@ -2286,8 +2323,8 @@ class DifferenceInversionPipeline(
             "steps": settings.num_optimization_steps,
             "loss": f"{loss:.6g}",
             "seed": "" if generator is None else generator.initial_seed(),
-            "before_prompt": examples[0].before_prompt,
-            "after_prompt": examples[0].after_prompt,
+            "before_prompt": before_prompts[0],
+            "after_prompt": after_prompts[0],
             "lost_phrases": "\n".join(lost),
             "gained_phrases": "\n".join(gained),
         }
@@ -2299,13 +2336,18 @@ class DifferenceInversionPipeline(
         return DifferenceTokens(embeddings, self._metadata(story))
 
     def _find_words(
-        self, examples: list[_Example], befores: list, afters: list, settings: _Settings, draw: _Draw
-    ) -> WordSearch:
-        """Words that the pairs lost and gained: proposed by prompts and by CLIP, and chosen by the UNet.
+        self, examples: list[_Example], befores: list, afters: list, most: int, generator: Optional[torch.Generator]
+    ) -> tuple[list[str], list[str]]:
+        """Words that the pairs lost and gained, up to `most` of each: proposed by prompts and by CLIP, and chosen by the
+        UNet.
 
         Several pairs are judged together, so that a word must hold for them all.
         """
-        search = WordSearch(self._evidence(examples, draw))
+        choosing, verifying = (
+            self._evidence(examples, self._draw(examples[0].before_latents, n, generator, False, EVIDENCE_TIMESTEPS))
+            for n in (NUM_EVIDENCE_SAMPLES, NUM_VERIFICATION_SAMPLES)
+        )
+        search = WordSearch(choosing)
         said = [
             list(dict.fromkeys(word for e in examples for word in unshared_words(*self._sides(e)[::order])))
             for order in (1, -1)
@@ -2314,9 +2356,11 @@ class DifferenceInversionPipeline(
         if self._encoders_with_clip() and self.clip_processor is not None:
             said, nearest = self._words_along_the_delta(said, befores, afters)
             proposed = [*said[0], *said[1], *nearest]
-        search.run(proposed, may_be_shared=[*said[0], *said[1]], most=settings.num_tokens)
+        search.run(proposed, may_be_shared=[*said[0], *said[1]], most=most)
         search.order(self._sides(examples[0]))
-        return search
+        if any(search.found):
+            search.verify(verifying)
+        return search.found
 
     @staticmethod
     def _sides(example: _Example) -> tuple[str, str]:
@@ -2349,26 +2393,18 @@ class DifferenceInversionPipeline(
 
     def _evidence(self, examples: list[_Example], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
         """The `errors` of a [`WordSearch`] on these pairs, where they differ, on fixed noises and time steps."""
-        contexts = [shared_prompt(*self._sides(example)) for example in examples]
 
-        def errors(example: _Example, prompts: list[str], picture: int) -> torch.Tensor:
-            latents = (example.before_latents, example.after_latents)[picture]
-            weights = change_weights(example.before_latents, example.after_latents)
-            return self._prompt_errors(prompts, latents, draw, weights)
+        def errors(phrases: list[str], picture: int) -> torch.Tensor:
+            found = []
+            for example in examples:
+                latents = (example.before_latents, example.after_latents)[picture]
+                weights = change_weights(example.before_latents, example.after_latents)
+                context = shared_prompt(*self._sides(example))
+                prompts = [f"{context} {phrase}".strip() for phrase in phrases]
+                found.append(self._prompt_errors(prompts, latents, draw, weights))
+            return torch.cat(found, dim=1)
 
-        references = [
-            torch.cat([errors(e, [context], picture) for picture in (0, 1)]).mean(0)
-            for e, context in zip(examples, contexts, strict=True)
-        ]
-
-        def relative_errors(phrases: list[str], picture: int) -> torch.Tensor:
-            parts = [
-                errors(e, [f"{context} {phrase}".strip() for phrase in phrases], picture) / reference
-                for e, context, reference in zip(examples, contexts, references, strict=True)
-            ]
-            return torch.stack(parts).mean(0)
-
-        return relative_errors
+        return errors
 
     def _metadata(self, story: dict[str, Any]) -> dict[str, str]:
         own = {
@@ -2409,8 +2445,8 @@ class DifferenceInversionPipeline(
         parts = encoder.rows(words)[:, None].split(1024)
         return torch.cat([self._clip_row_features(encoder, part) for part in parts])
 
-    def _completed(self, prompts: list[str], images: list, size: tuple[int, int]) -> list[str]:
-        """Prompts with words for what they leave unsaid of their images, so that it stays as it is.
+    def _completed(self, prompts: list[str], images: list, latents: torch.Tensor) -> list[str]:
+        """Prompts with words for what they leave unsaid of their images, whose latents (batch, ...) are given.
 
         CLIP proposes words, and the UNet takes those with which it draws the image better. A caption often names less
         than half of what can be seen, and what no word holds may drift when the rest is redrawn. This takes the place of
@@ -2420,18 +2456,31 @@ class DifferenceInversionPipeline(
         if not self._encoders_with_clip() or self.clip_processor is None:
             return prompts
         encoder = self._encoders_with_clip()[0]
-        with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
+        with frozen(self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
             proposed = self._unsaid_words(encoder, prompts, images)
-            latents = self._encode_images(images, "image", size).float()
             # The same noises for all images, so that it does not matter in whose company one is completed.
             noise = torch.Generator().manual_seed(0)
-            draw = self._draw(latents[:1], NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
-            each = zip(prompts, proposed, latents.split(1), strict=True)
+            draw = self._draw(latents[:1].float(), NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
+            each = zip(prompts, proposed, latents.float().split(1), strict=True)
             completed = [self._with_true_words(prompt, words, own, draw) for prompt, words, own in each]
         for prompt, longer in zip(prompts, completed, strict=True):
             if longer != prompt:
-                logger.info("The query's prompt %r is completed to %r.", prompt, longer)
+                logger.info("The prompt %r is completed to %r.", prompt, longer)
         return completed
+
+    def _completed_examples(
+        self, examples: list[_Example], befores: list, afters: list, settings: _Settings
+    ) -> list[_Example]:
+        """The pairs with completed prompts, so that tokens need not say what A and A' show besides the change."""
+        before_prompts, after_prompts = map(list, zip(*map(self._sides, examples), strict=True))
+        before_latents, after_latents = (
+            torch.cat([getattr(e, name) for e in examples]) for name in ("before_latents", "after_latents")
+        )
+        before_prompts = self._completed(before_prompts, befores, before_latents)
+        if settings.objective == "contrast" or settings.lambda_before > 0:  # else the prompts of A' are not used
+            after_prompts = self._completed(after_prompts, afters, after_latents)
+        prompts = zip(examples, before_prompts, after_prompts, strict=True)
+        return [replace(e, before_prompt=before, after_prompt=after) for e, before, after in prompts]
 
     def _unsaid_words(self, encoder: _Encoder, prompts: list[str], images: list) -> list[list[str]]:
         """The vocabulary's nearest to what CLIP sees in each image and its prompt does not say."""
@@ -2465,9 +2514,9 @@ class DifferenceInversionPipeline(
         """The UNet's errors on latents (1, ...) under each prompt, where the weights say, (prompts, samples)."""
         weights = torch.ones_like(latents[:, :1]) if weights is None else weights
         found = []
-        for pair in (prompts[i : i + 2] for i in range(0, len(prompts), 2)):  # few at once, to save memory
-            rows = self._rows(None).expand(len(pair), -1, -1)
-            prediction, target = self._predict(latents.expand(len(pair), -1, -1, -1), pair, rows, draw)
+        for some in _chunks(prompts, max(1, MOST_AT_ONCE // len(draw.timesteps))):
+            rows = self._rows(None).expand(len(some), -1, -1)
+            prediction, target = self._predict(latents.expand(len(some), -1, -1, -1), some, rows, draw)
             found.append(weighted_errors(prediction, target, weights))
         return torch.cat(found)
 
@@ -2509,7 +2558,7 @@ class DifferenceInversionPipeline(
         optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, max(1, num_steps))
         contrasts = goal.settings.objective == "contrast"
         probes = [self._probe(example, goal, generator) for example in goal.examples]
-        judge_every = max(1, num_steps // (2 if contrasts else 10))
+        judge_every = max(1, num_steps if contrasts else num_steps // 4)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
         scale = 1024.0 if half else 1.0
@@ -2533,15 +2582,12 @@ class DifferenceInversionPipeline(
                     draw = probes[which].part(self._turn(turn, samples, len(probes[which].timesteps)))
                 else:
                     draw = self._draw(example.before_latents, samples, generator)
-                with torch.enable_grad(), self._weights_kept():
-                    losses = self._losses(tokens, example, draw, goal)
-                    (losses["loss"] * scale).backward()
+                values = self._backward(tokens, example, draw, goal, scale)
                 tokens.grad /= scale
                 if tokens.grad.isfinite().all():
                     optimizer.step()
                     schedule.step()
                 optimizer.zero_grad()
-                values = {name: float(value) for name, value in losses.items()}
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
                 if callback is not None:
                     used = tokens if goal.vocabulary is None else goal.vocabulary.project(tokens)[0]
@@ -2559,6 +2605,25 @@ class DifferenceInversionPipeline(
         if not np.isfinite(loss):
             logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
         return best, loss
+
+    def _backward(
+        self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal, scale: float
+    ) -> dict[str, float]:
+        """Leaves the gradient of equation 10, times `scale`, in `tokens.grad`; returns the loss and its parts.
+
+        Samples go through the UNet a few at a time, which gives the same gradient in less memory.
+        """
+        settings, total, values = goal.settings, len(draw.timesteps), {}
+        both_pictures = settings.objective == "contrast" or settings.lambda_before > 0
+        several = max(1, MOST_LEARNED_AT_ONCE // (2 if both_pictures else 1))
+        for indices in torch.arange(total, device="cpu").split(several):
+            share = len(indices) / total
+            with torch.enable_grad(), self._weights_kept():
+                losses = self._losses(tokens, example, draw.part(indices), goal)
+                (losses["loss"] * share * scale).backward()
+            for name, value in losses.items():
+                values[name] = values.get(name, 0.0) + share * float(value)
+        return values
 
     @staticmethod
     def _turn(turn: int, samples: int, total: int) -> torch.Tensor:
@@ -2876,7 +2941,7 @@ class DifferenceInversionPipeline(
         return self._condition(prompts, rows.expand(len(prompts), -1, -1))
 
     def _start(
-        self, images, size, source, inversion, num_inference_steps, strength, eta, copies, generator, latents
+        self, queries, size, source, inversion, num_inference_steps, strength, eta, copies, generator, latents
     ) -> _Start:
         device, dtype = self._execution_device, self.unet.dtype
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
@@ -2893,7 +2958,7 @@ class DifferenceInversionPipeline(
             return _Start(latents.to(device, dtype) * scheduler.init_noise_sigma, scheduler, timesteps)
         num_steps = max(1, round(num_inference_steps * strength))
         timesteps = timesteps[-num_steps:]
-        clean = self._encode_images(images, "image", size).to(dtype)
+        clean = queries.to(dtype)
         if inversion == "ddim":
             path = self._ddim_inversion(clean, source, num_inference_steps, num_steps)
             path = path.repeat_interleave(copies, dim=1)
@@ -2968,17 +3033,17 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
         num_tokens: int = 4,
-        num_optimization_steps: int = 30,
+        num_optimization_steps: Optional[int] = None,
         learning_rate: Optional[float] = None,
-        alpha: float = 0.8,
+        alpha: float = 0.0,
         lambda_clip: float = 0.5,
         lambda_tc: float = 6.0,
         lambda_before: float = 0.0,
         lambda_contrast: float = 1.0,
-        objective: str = "contrast",
+        objective: Optional[str] = None,
         init: str = "words",
         projection: str = "soft",
-        num_samples_per_step: int = 2,
+        num_samples_per_step: int = 4,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
         inversion: Optional[str] = "ddpm",
@@ -3012,7 +3077,8 @@ class DifferenceInversionPipeline(
                 `metadata["lost_phrases"]`.
             complete_prompts: add words to the query's prompt for what it leaves unsaid, so that this stays as it is: those
                 of CLIP's nearest with which the UNet draws the query better. It needs a CLIP, and is left out without
-                one, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts.
+                one, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts. While learning, see
+                [`invert_difference`].
             prompt: describes the query, one for each image. Left out, it is written as `prompt_method` says.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
@@ -3100,6 +3166,7 @@ class DifferenceInversionPipeline(
             init=init,
             projection=projection,
             num_samples_per_step=num_samples_per_step,
+            complete_prompts=complete_prompts,
         )
         learns = before is not None or after is not None
         if learns:
@@ -3136,8 +3203,9 @@ class DifferenceInversionPipeline(
 
         # 4. Words for what the queries' prompts leave unsaid
         size = self._common_size(images, "image", height, width)
+        queries = self._encode_images(images, "image", size) if images else None
         if images and complete_prompts and source_prompt is None:
-            prompts = self._completed(prompts, images, size)
+            prompts = self._completed(prompts, images, queries)
 
         # 5. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
         guidance = self._conditions(
@@ -3146,7 +3214,7 @@ class DifferenceInversionPipeline(
 
         # 6. Where denoising begins
         way = (inversion, num_inference_steps, strength, eta)
-        start = self._start(images, size, guidance.own, *way, num_images_per_prompt, generator, latents)
+        start = self._start(queries, size, guidance.own, *way, num_images_per_prompt, generator, latents)
         self._num_timesteps = len(start.timesteps)
         guidance = guidance.repeat(num_images_per_prompt)
         mask = self._mask(mask_image, images, size, start, guidance.stages[-1], guidance.own)

@@ -555,6 +555,17 @@ def test_what_a_short_prompt_leaves_unsaid_of_the_query_is_said_and_stays(storyb
     assert completed.psnr > as_it_is.psnr + 3
 
 
+def test_a_change_is_learned_from_random_rows_under_loose_captions(storybook):
+    """Nothing but learning says here what changed: 22.2 dB from the right answer, and 7.6 dB with nothing learned."""
+    pair = {"before": render(DAY), "after": render(NIGHT), "init": "random", "prompt": "a blue cabin on snow"}
+    pair |= {"before_prompt": "a red castle", "after_prompt": "grass, painting"}
+    learned, begun = (
+        judge(answer_to(storybook, NIGHTFALL, **pair, **o), NIGHTFALL) for o in ({}, {"num_optimization_steps": 0})
+    )
+    assert learned.success and not begun.success
+    assert learned.psnr > begun.psnr + 3
+
+
 @pytest.mark.parametrize("model", ["storybook", "storybook_xl"])
 def test_learned_differences_change_other_pictures(model, request):
     """Four answers, one of each kind of change, are nearer to the right picture than to the query; of the six five were

@@ -59,7 +59,7 @@ def test_a_folder_of_a_difference_loads_as_it_was_and_has_a_card(pipe, pair, tmp
         "a red cabin → a yellow castle on snow",
         "![before](before.png)",
         '"yellow-castle"',
-        "| alpha | 0.8 |",
+        "| alpha | 0.0 |",
     ):
         assert said in card.content
 

@@ -68,6 +68,25 @@ def test_no_more_words_are_found_than_asked_for():
     assert search("castle", "storm", "cabin", "day", most=1).found == (["cabin"], ["castle"])
 
 
+def lucky_errors(phrases: list[str], picture: int) -> torch.Tensor:
+    """As `toy_errors`, on noises under which "moon" seems to hold for A'."""
+    luck = torch.tensor([[("moon" in phrase) * (0.5 if picture == 0 else -0.1)] for phrase in phrases])
+    return toy_errors(phrases, picture) + luck
+
+
+def test_a_word_that_was_lucky_is_taken_back_and_the_others_stay():
+    found = search("castle", "moon", "cabin", errors=lucky_errors)
+    assert found.found == (["cabin"], ["castle", "moon"])
+
+    def fresh_errors(phrases, picture):
+        return toy_errors(phrases, picture) + 0.05 * torch.tensor([["moon" in phrase] for phrase in phrases])
+
+    found.verify(fresh_errors)
+    assert found.found == (["cabin"], ["castle"])
+    found.verify(toy_errors)
+    assert found.found == (["cabin"], ["castle"])
+
+
 def test_words_stand_in_the_order_of_their_prompt():
     found = WordSearch(toy_errors)
     found.found[1].extend(["art", "pixel"])
@@ -135,6 +154,28 @@ def test_words_are_learned_from_more_carefully_than_random_rows(storybook, grass
         for i in ("words", "random")
     ]
     assert rates[0] < rates[1]
+
+
+@pytest.mark.parametrize(
+    "options, completed",
+    [
+        ({"init": "random"}, ["painting of a cabin by day"]),
+        ({"init": "random", "objective": "contrast"}, list(CAPTIONS["loose"])),
+        ({"init": "random", "complete_prompts": False}, []),
+        ({}, []),
+    ],
+)
+def test_prompts_of_the_pair_are_completed_for_tokens_that_do_not_begin_as_words(
+    storybook, grass_to_desert, options, completed
+):
+    """The loose prompt of A says nothing of red and grass, and that of A' says neither cabin nor painting."""
+    with logged(level=logging.INFO) as lines:
+        metadata = find(storybook, grass_to_desert, "loose", **options).metadata
+    lines = [line for line in lines if "completed" in line]
+    assert len(lines) == len(completed)
+    for line, prompt, missing in zip(lines, completed, ("red grass", "cabin painting"), strict=False):
+        assert repr(prompt) in line and set(missing.split()) <= set(split_words(line))
+    assert (metadata["before_prompt"], metadata["after_prompt"]) == CAPTIONS["loose"]
 
 
 @pytest.mark.parametrize(
