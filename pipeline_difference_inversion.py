@@ -98,7 +98,7 @@ NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard promp
 NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, when a hard prompt is revised
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
 # than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
-LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.03
+LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
 # Relative harm to its own picture, on fresh noises, with which a word is taken back. See RESULTS.md.
 MOST_FRESH_HARM = 0.003
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
@@ -445,18 +445,26 @@ class WordSearch:
     def verify(self, errors: Callable[[list[str], int], torch.Tensor]) -> None:
         """Takes back words without which their own picture is drawn better by errors that did not choose them.
 
-        Of many words that are tried, the best on a few noises is sometimes the luckiest.
+        Of many words that are tried, the best on a few noises is sometimes the luckiest. A word that harms the other picture
+        very much may harm its own a little.
         """
         fresh = WordSearch(errors)
         for picture, words in enumerate(self.found):
             while words:
-                shorter = [words[:i] + words[i + 1 :] for i in range(len(words))]
-                phrases = [" ".join([*self.shared, *kept]) for kept in (words, *shorter)]
-                with_all, *without = fresh._errors(phrases, picture)
-                gains = torch.stack([(error - with_all).mean() for error in without])
-                if gains.min() > -MOST_FRESH_HARM:
+                excess = [fresh._fresh_harm(self, word, picture) for word in words]
+                worst = max(range(len(words)), key=excess.__getitem__)
+                if excess[worst] <= 0:
                     break
-                words.pop(int(gains.argmin()))
+                words.pop(worst)
+
+    def _fresh_harm(self, search: "WordSearch", word: str, picture: int) -> float:
+        """By how much a word that another search found harms its picture more than it may."""
+        words = search.found[picture]
+        others = [other for other in words if other != word]
+        with_word, without = self._errors([" ".join([*search.shared, *kept]) for kept in (words, others)], picture)
+        found = (others, search.found[1]) if picture == 0 else (search.found[0], others)
+        contrast = -float(search.gains([word], found)[0, 1 - picture])
+        return float((with_word - without).mean()) - max(MOST_FRESH_HARM, MOST_HARM_SHARE * contrast)
 
     def order(self, prompts: tuple[str, str]) -> None:
         """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""
@@ -2357,9 +2365,9 @@ class DifferenceInversionPipeline(
             said, nearest = self._words_along_the_delta(said, befores, afters)
             proposed = [*said[0], *said[1], *nearest]
         search.run(proposed, may_be_shared=[*said[0], *said[1]], most=most)
-        search.order(self._sides(examples[0]))
         if any(search.found):
             search.verify(verifying)
+        search.order(self._sides(examples[0]))
         return search.found
 
     @staticmethod
