@@ -34,6 +34,7 @@ import numbers
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -618,15 +619,16 @@ class DifferenceTokens:
         path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: rows.detach().cpu().contiguous() for name, rows in self.embeddings.items()}
-        header = {**self.metadata, "format": FILE_FORMAT, "format_version": str(FILE_FORMAT_VERSION)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        header = {**self.metadata, "format": FILE_FORMAT, "format_version": FILE_FORMAT_VERSION}
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            save_file(tensors, temporary, metadata=header)
-            os.chmod(temporary, 0o644)  # mkstemp's own mode would keep others from reading a file meant for sharing
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it, where safetensors lets nobody else read
+            save_file(tensors, temporary, metadata={name: str(value) for name, value in header.items()})
+            temporary.chmod(mode)
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -646,7 +648,9 @@ class DifferenceTokens:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
-                embeddings = _as_matrices({name: file.get_tensor(name) for name in file.keys()}, metadata)
+                # Copies: the tensors are the file itself, and the process would die if it were cut.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+                embeddings = _as_matrices(tensors, metadata)
         except SafetensorError as error:
             raise ValueError(
                 f"`difference`: {str(path)!r} {_what_a_file_is(path)} Give a .safetensors file written by "
@@ -993,8 +997,11 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    if image.mode.startswith("I;16"):  # which Pillow alone would cut off at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode == "F":
+        return _flatten_array(np.asarray(image), name)
+    if image.mode.startswith("I"):  # of 16 bits, which Pillow alone would cut off at 255
+        levels = np.asarray(image.convert("I"))
+        return _flatten_array((levels / (65535 if levels.max() > 255 else 255)).astype(np.float32), name)
     return image.convert("RGB")
 
 
@@ -1507,6 +1514,11 @@ class DifferenceInversionPipeline(
         self._check_prompt_method(prompt_method, prompt_kwargs)
         self._check_prompts("before_prompt", before_prompt, len(befores), prompt_method)
         self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
+        self._check_settings(settings)
+        if settings.lambda_clip > 0:
+            self._check_clip("learn with `lambda_clip=0`")
+
+    def _check_settings(self, settings: _Settings) -> None:
         room = "the text encoder's window has room for no more"
         check_number("num_tokens", settings.num_tokens, 1, self._room(), whole=True, meaning=room)
         if settings.num_optimization_steps is not None:
@@ -1524,8 +1536,6 @@ class DifferenceInversionPipeline(
         check_choice("objective", settings.objective, "contrast", "consistency", None)
         check_choice("init", settings.init, "words", "random", "zeros")
         check_choice("projection", settings.projection, "soft", "hard")
-        if settings.lambda_clip > 0:
-            self._check_clip("learn with `lambda_clip=0`")
 
     def _check_clip(self, way_out: str) -> None:
         encoders = self._encoders
@@ -1679,6 +1689,7 @@ class DifferenceInversionPipeline(
             raise ValueError(f"`difference_scale` has {len(difference_scale)} scales for {count} differences.")
 
     def _check_noise(self, generator, latents, batch_size: int, size: tuple[int, int], inverted: bool) -> None:
+        self._check_generator(generator)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} images.")
         if latents is not None and inverted:
@@ -1686,6 +1697,12 @@ class DifferenceInversionPipeline(
         shape = self._latents_shape(batch_size, size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
+
+    @staticmethod
+    def _check_generator(generator) -> None:
+        for given in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(given, (torch.Generator, type(None))):
+                raise TypeError(f"`generator` must be a torch.Generator or a list of them, and holds {given!r}.")
 
     def _check_mask(self, mask_image, images: list, inversion: Optional[str]) -> None:
         if not images or inversion is None:
@@ -2060,8 +2077,7 @@ class DifferenceInversionPipeline(
         for side, value in (("height", height), ("width", width)):
             if value is not None:
                 check_number(side, value, factor, whole=True)
-        native = (self.unet.config.sample_size * factor,) * 2
-        own = image_size(flatten_image(images[0], name)) if images else native
+        own = image_size(flatten_image(images[0], name)) if images else self._native_size(height, width)
         size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
         if min(size) < factor:
             raise ValueError(
@@ -2069,6 +2085,17 @@ class DifferenceInversionPipeline(
                 "one, or a `height` and a `width` to resize it to."
             )
         return tuple(side // factor * factor for side in size)
+
+    def _native_size(self, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
+        """Height and width at which the UNet was trained; zeros where it does not say, and where both are given."""
+        native = self.unet.config.sample_size
+        if native is None and None in (height, width):
+            raise ValueError(
+                "`height` and `width` are needed: this `unet` does not say for which size it was trained."
+            )
+        native = native or 0
+        sides = (native, native) if isinstance(native, int) else tuple(native)
+        return tuple(side * self.vae_scale_factor for side in sides)
 
     def _encode_images(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
         """Latents (batch, channels, height / factor, width / factor) of images of any size, resized where need be."""
@@ -2263,6 +2290,7 @@ class DifferenceInversionPipeline(
         self.check_learning_inputs(
             before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
         )
+        self._check_generator(generator)
         befores, afters = as_list(before), as_list(after)
         groups = ((befores, before_prompt), (afters, after_prompt))
         prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
@@ -3176,6 +3204,7 @@ class DifferenceInversionPipeline(
             num_samples_per_step=num_samples_per_step,
             complete_prompts=complete_prompts,
         )
+        self._check_settings(settings)
         learns = before is not None or after is not None
         if learns:
             self.check_learning_inputs(

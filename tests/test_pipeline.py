@@ -769,6 +769,32 @@ def test_text_to_image_has_the_models_size_unless_told_otherwise(pipe):
     assert draw(pipe, height=24, width=48).shape == (1, 4, 3, 6)
 
 
+def test_a_unet_may_have_two_sides_or_none(pipe):
+    pipe.unet.register_to_config(sample_size=[4, 6])
+    assert draw(pipe).shape == (1, 4, 4, 6)
+    pipe.unet.register_to_config(sample_size=None)
+    assert draw(pipe, height=24, width=48).shape == (1, 4, 3, 6)
+    assert apply(pipe).shape[-2:] == (4, 4)  # as the query is
+    with pytest.raises(ValueError, match="`height` and `width` are needed"):
+        draw(pipe, width=48)
+
+
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        ({"num_tokens": -5}, ValueError, "`num_tokens`.*-5"),
+        ({"init": "nonsense"}, ValueError, "`init`.*'nonsense'"),
+        ({"alpha": float("nan")}, ValueError, "`alpha`.*nan"),
+        ({"generator": 3}, TypeError, "`generator`.*3"),
+        ({"generator": [3]}, TypeError, "`generator`.*3"),
+    ],
+)
+def test_bad_arguments_are_refused_where_they_are_not_needed_too(pipe, bad, error, message):
+    with forward_calls(*models_of(pipe)) as calls, pytest.raises(error, match=message):
+        apply(pipe, **bad)
+    assert not calls
+
+
 def test_text_to_image_draws_several_prompts_several_times(pipe):
     prompts = ["a cabin", "a boat at night"]
     latents = draw(pipe, prompt=prompts, num_images_per_prompt=2, generator=seeded())
@@ -977,10 +1003,20 @@ def test_learning_takes_images_of_every_kind_likewise(pipe, pair, make):
     torch.testing.assert_close(seen, expected, atol=4 / 255, rtol=0)
 
 
-def test_images_may_be_16_bit_grey(pipe):
+@pytest.mark.parametrize(
+    "kind, factor, mode",
+    [(np.uint16, 257, "I;16"), (np.int32, 257, "I"), (np.int32, 1, "I"), (np.float32, 1 / 255, "F")],
+)
+def test_grey_images_may_have_more_than_8_bits(pipe, kind, factor, mode):
     grey = picture("blue").convert("L")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    deep = Image.fromarray((np.asarray(grey, dtype=np.float64) * factor).astype(kind))
+    assert deep.mode == mode
     torch.testing.assert_close(apply(pipe, image=deep), apply(pipe, image=grey), atol=0.02, rtol=0.02)
+
+
+def test_floating_point_images_beyond_1_are_refused(pipe):
+    with pytest.raises(ValueError, match="`image` has values up to 255.*end at 1"):
+        apply(pipe, image=Image.fromarray(np.full((32, 32), 255, dtype=np.float32)))
 
 
 ARRAYS = {
