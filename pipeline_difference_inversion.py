@@ -1348,7 +1348,7 @@ class DifferenceInversionPipeline(
             clip_2=clip_2,
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
@@ -1462,6 +1462,9 @@ class DifferenceInversionPipeline(
 
     def _check_model(self) -> None:
         """Raises `ValueError` for a base model that this pipeline cannot tell what to draw."""
+        for name in ("unet", "vae"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}` is missing: without it prompts can be encoded, and nothing else.")
         channels, latent_channels = self.unet.config.in_channels, self.vae.config.latent_channels
         if channels != latent_channels:
             raise ValueError(
@@ -2027,11 +2030,14 @@ class DifferenceInversionPipeline(
             input_ids, slots = self._place_rows(encoder.tokenizer, prompts, part.shape[1], part.device)
             with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
                 outputs.append(encoder.model(input_ids, output_hidden_states=self.text_encoder_2 is not None))
+        dtype = (
+            self.text_encoder if self.unet is None else self.unet
+        ).dtype  # prompts need no other part of the model
         if self.text_encoder_2 is None:
-            return _Condition(outputs[0][0].to(self.unet.dtype))
+            return _Condition(outputs[0][0].to(dtype))
         # SDXL reads its encoders one layer early, and pools the second.
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(self.unet.dtype))
+        return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(dtype))
 
     def _read(self, tokenizer: CLIPTokenizer, prompt: str) -> list[int]:
         """All tokens of a prompt, in which the name of a textual inversion of several vectors stands for each of them."""

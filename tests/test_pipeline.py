@@ -479,6 +479,14 @@ def test_shortening_a_prompt_is_said(pipe):
     assert not any("shortened" in line for line in lines)
 
 
+def test_prompts_are_encoded_with_the_text_encoder_alone(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    alone = DifferenceInversionPipeline.from_pretrained(tmp_path, unet=None, vae=None, clip=None)
+    torch.testing.assert_close(alone.encode_prompt("a red cabin"), pipe.encode_prompt("a red cabin"))
+    with pytest.raises(ValueError, match="`unet` is missing"):
+        apply(alone)
+
+
 def test_a_prompt_without_rows_is_encoded_as_by_stock_stable_diffusion(pipe):
     prompts = ["a red cabin on snow", "a boat", ""]
     theirs, _ = stock_pipeline().encode_prompt(prompts, "cpu", 1, False)
