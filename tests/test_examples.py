@@ -282,7 +282,7 @@ def test_benchmarks_ceiling_is_learned_from_the_answer_itself(storybook, asked):
     own["ceiling"](make_task(storybook, None, question))
     assert asked["image"] == asked["before"] == render(question.analogy.query)
     assert asked["after"] == render(question.analogy.target)
-    assert (asked["init"], asked["num_optimization_steps"], asked["strength"]) == ("random", 400, 0.8)
+    assert (asked["init"], asked["num_optimization_steps"], asked["strength"]) == ("random", 200, 0.8)
     assert "num_tokens" not in asked
 
 

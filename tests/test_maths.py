@@ -209,7 +209,7 @@ PLAIN = {
     "boat": (-0.3, -0.3),  # false of both
     "faint": (-0.05, 0.05),  # too little to tell
     "harmful": (-0.3, -0.04),  # hurts A' as well
-    "glaring": (-1.8, -0.033),  # so does this, however much worse it is for A
+    "glaring": (-3.6, -0.066),  # so does this, however much worse it is for A
 }
 
 
