@@ -999,9 +999,10 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     if image.mode == "F":
         return _flatten_array(np.asarray(image), name)
-    if image.mode.startswith("I"):  # of 16 bits, which Pillow alone would cut off at 255
+    if image.mode.startswith("I"):  # of 16 bits, which Pillow alone would cut off at 255; "I" may also hold 8
         levels = np.asarray(image.convert("I"))
-        return _flatten_array((levels / (65535 if levels.max() > 255 else 255)).astype(np.float32), name)
+        highest = 255 if image.mode == "I" and levels.max() <= 255 else 65535
+        return _flatten_array((levels / highest).astype(np.float32), name)
     return image.convert("RGB")
 
 
@@ -2030,9 +2031,8 @@ class DifferenceInversionPipeline(
             input_ids, slots = self._place_rows(encoder.tokenizer, prompts, part.shape[1], part.device)
             with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
                 outputs.append(encoder.model(input_ids, output_hidden_states=self.text_encoder_2 is not None))
-        dtype = (
-            self.text_encoder if self.unet is None else self.unet
-        ).dtype  # prompts need no other part of the model
+        # Prompts are encoded without a UNet too.
+        dtype = self.text_encoder.dtype if self.unet is None else self.unet.dtype
         if self.text_encoder_2 is None:
             return _Condition(outputs[0][0].to(dtype))
         # SDXL reads its encoders one layer early, and pools the second.
@@ -2242,8 +2242,7 @@ class DifferenceInversionPipeline(
                 for tokens that begin as words, and 60 for others.
             learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.003 for tokens that begin as
                 words, and 0.02 for others.
-            alpha: 0 trusts the images' delta, 1 the captions' (equation 5). The paper has 0.8; captions that leave things
-                out made it worse here.
+            alpha: 0 trusts the images' delta, 1 the captions' (equation 5). The paper has 0.8, which was no better here.
             lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
                 the CLIP loss hardly acted here.
             lambda_tc: weight of the token consistency loss (equation 10).

@@ -1022,6 +1022,12 @@ def test_grey_images_may_have_more_than_8_bits(pipe, kind, factor, mode):
     torch.testing.assert_close(apply(pipe, image=deep), apply(pipe, image=grey), atol=0.02, rtol=0.02)
 
 
+def test_a_dark_16_bit_picture_stays_dark(pipe):
+    dark = Image.fromarray(np.full((SIDE, SIDE), 200, dtype=np.uint16))
+    black = Image.new("L", (SIDE, SIDE), 200 // 257)
+    torch.testing.assert_close(apply(pipe, image=dark), apply(pipe, image=black), atol=0.02, rtol=0.02)
+
+
 def test_floating_point_images_beyond_1_are_refused(pipe):
     with pytest.raises(ValueError, match="`image` has values up to 255.*end at 1"):
         apply(pipe, image=Image.fromarray(np.full((32, 32), 255, dtype=np.float32)))
