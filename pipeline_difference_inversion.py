@@ -34,11 +34,13 @@ import numbers
 import os
 import re
 import tempfile
+import threading
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -100,8 +102,9 @@ NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, whe
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
 # than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
-# Relative harm to its own picture, on fresh noises, with which a word is taken back. See RESULTS.md.
-MOST_FRESH_HARM = 0.003
+# On fresh noises, a word may harm its own picture and help the other by no more than the first two; and alone it must help
+# its own by the third, or harm the other by the fourth. All are relative; see RESULTS.md.
+MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE, LEAST_CONTRAST_ALONE = 0.003, 0.015, 0.06, 0.7
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
 CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
 LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
@@ -420,6 +423,13 @@ class WordSearch:
             columns.append(torch.stack([(without - errors).mean() for errors in with_word]))
         return torch.stack(columns, dim=1)
 
+    def _gain(self, word: str, beside: list[str], picture: int) -> float:
+        """How much better one picture is drawn with a word after others."""
+        without, with_word = self._errors(
+            [" ".join([*self.shared, *found]) for found in (beside, [*beside, word])], picture
+        )
+        return float((without - with_word).mean())
+
     def _errors(self, phrases: list[str], picture: int) -> list[torch.Tensor]:
         new = [phrase for phrase in dict.fromkeys(phrases) if (phrase, picture) not in self._known]
         if new:
@@ -444,28 +454,37 @@ class WordSearch:
             dropped.add(refuted[1])
 
     def verify(self, errors: Callable[[list[str], int], torch.Tensor]) -> None:
-        """Takes back words without which their own picture is drawn better by errors that did not choose them.
+        """Takes back words that errors which did not choose them speak against.
 
-        Of many words that are tried, the best on a few noises is sometimes the luckiest. A word that harms the other picture
-        very much may harm its own a little.
+        Of many words that are tried, the best on a few noises is sometimes the luckiest.
         """
         fresh = WordSearch(errors)
-        for picture, words in enumerate(self.found):
+        fresh.shared = self.shared
+        for side, words in enumerate(self.found):
             while words:
-                excess = [fresh._fresh_harm(self, word, picture) for word in words]
-                worst = max(range(len(words)), key=excess.__getitem__)
-                if excess[worst] <= 0:
+                doubts = [fresh._doubt(self, word, side) for word in words]
+                worst = max(range(len(words)), key=doubts.__getitem__)
+                if doubts[worst] <= 0:
                     break
                 words.pop(worst)
 
-    def _fresh_harm(self, search: "WordSearch", word: str, picture: int) -> float:
-        """By how much a word that another search found harms its picture more than it may."""
-        words = search.found[picture]
-        others = [other for other in words if other != word]
-        with_word, without = self._errors([" ".join([*search.shared, *kept]) for kept in (words, others)], picture)
-        found = (others, search.found[1]) if picture == 0 else (search.found[0], others)
-        contrast = -float(search.gains([word], found)[0, 1 - picture])
-        return float((with_word - without).mean()) - max(MOST_FRESH_HARM, MOST_HARM_SHARE * contrast)
+    def _doubt(self, search: "WordSearch", word: str, side: int) -> float:
+        """By how much a word that another search found misses what is asked of it; above 0 it is not to stay.
+
+        It may not help the other picture, nor harm its own, or that only a little if it harms the other very much. Alone it
+        must help its own picture, if it does not harm the other. Where something goes and nothing comes in its place, a word
+        for what both pictures show may seem to do a little of each.
+        """
+        others = [other for other in search.found[side] if other != word]
+        gain, gain_alone = self._gain(word, others, side), self._gain(word, [], side)
+        contrast = -self._gain(word, search.found[1 - side], 1 - side)
+        doubt = -contrast - MOST_FRESH_HELP
+        if gain < -MOST_FRESH_HARM or gain_alone < LEAST_GAIN_ALONE:
+            contrast = max(contrast, -self._gain(word, [], 1 - side))
+            doubt = max(doubt, -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * contrast))
+        if gain_alone < LEAST_GAIN_ALONE:
+            doubt = max(doubt, LEAST_CONTRAST_ALONE - contrast)
+        return doubt
 
     def order(self, prompts: tuple[str, str]) -> None:
         """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""
@@ -492,7 +511,8 @@ class DifferenceTokens:
     both changes (their rows one after the other).
 
     Attributes:
-        embeddings: one tensor (num_tokens, dim) a text encoder, by name; `<difference>` where there is one encoder.
+        embeddings: one tensor (num_tokens, dim) a text encoder, by name; that of a single one is `<difference>`, or
+            what another program's file calls it.
         metadata: strings that say how it was learned: prompts, settings, base model, versions.
     """
 
@@ -595,31 +615,41 @@ class DifferenceTokens:
             )
         return _written(tokenizer, [int(index) for index in self.metadata["token_ids"].split()])
 
-    def save(self, path: Union[str, os.PathLike]) -> Path:
+    def save(self, path: Union[str, os.PathLike], token: Optional[str] = None) -> Path:
         """Writes one safetensors file that stock `load_textual_inversion` and ComfyUI read too.
 
         The file is written beside its place and then moved there, so that a crash leaves the old one or the new one.
 
         Args:
             path: where; `.safetensors` is added where it is not the ending.
+            token: what stands for the difference in a stock pipeline's prompts, by default the file's name in angle
+                brackets, so that several files load into one pipeline. SDXL's have none: who loads the rows of its two text
+                encoders names them.
 
         Returns:
             The path that was written.
 
         Raises:
-            ValueError: if a token's name has upper-case letters, since diffusers would then use its first row only.
+            ValueError: if `token` has upper-case letters or spaces, since diffusers would then use its first row only, or
+                if the difference is for two text encoders.
         """
-        for name in self.embeddings:
-            if name != name.lower():
-                raise ValueError(
-                    f"The token name {name!r} must be lower case: diffusers uses only the first of the "
-                    f"vectors of an upper-case name. Rename it {name.lower()!r}."
-                )
         path = Path(path)
         path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+        names = list(self.embeddings)
+        if len(names) == 1:
+            names = [token or "<{}>".format(re.sub(r"[^\w.-]+", "-", path.stem.lower()))]
+            if names[0] != names[0].lower() or names[0].split() != names:
+                raise ValueError(
+                    f"`token` must be one word in lower case, and is {token!r}; diffusers knows no others."
+                )
+        elif token is not None:
+            raise ValueError("`token` names one text encoder's rows; those of two are named when they are loaded.")
+        tensors = {
+            n: rows.detach().cpu().contiguous() for n, rows in zip(names, self.embeddings.values(), strict=True)
+        }
+        own = {"token": names[0]} if len(names) == 1 else {}
+        header = {**self.metadata, **own, "format": FILE_FORMAT, "format_version": FILE_FORMAT_VERSION}
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: rows.detach().cpu().contiguous() for name, rows in self.embeddings.items()}
-        header = {**self.metadata, "format": FILE_FORMAT, "format_version": FILE_FORMAT_VERSION}
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             temporary.touch()
@@ -808,7 +838,8 @@ def _file_in(folder: Path, weight_name: Optional[str]) -> Path:
 def _as_matrices(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
     """Other programs' files as ours: a single vector is one row, and of A1111's parts only the parameters count."""
     if metadata.get("format") == FILE_FORMAT:
-        return tensors
+        # A single tensor has the name that stock pipelines are to know it by.
+        return dict(zip([DEFAULT_TOKEN], tensors.values(), strict=True)) if len(tensors) == 1 else tensors
     parameters = {name: rows for name, rows in tensors.items() if name.startswith("string_to_param")}
     tensors = parameters or tensors
     return {
@@ -886,6 +917,32 @@ class DifferenceInversionPipelineOutput(BaseOutput):
 # ---------------------------------------------------------------------------------------------- model plumbing
 
 
+_locks: "weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_new_lock = threading.Lock()
+
+
+def lock_of(model: torch.nn.Module) -> threading.RLock:
+    """The lock that all pipelines with this model share."""
+    with _new_lock:
+        return _locks.setdefault(model, threading.RLock())
+
+
+def taking_turns(method: Callable) -> Callable:
+    """Makes a pipeline's method wait until no other thread uses any of the same models, which hold what a call puts there.
+
+    One thread may call from within a call, as callbacks do.
+    """
+
+    @wraps(method)
+    def wait_and_call(self, *arguments, **options):
+        with ExitStack() as held:
+            for model in sorted(self._models(), key=id):  # in the same order everywhere, so that none waits for ever
+                held.enter_context(lock_of(model))
+            return method(self, *arguments, **options)
+
+    return wait_and_call
+
+
 @contextmanager
 def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
     """While open, the token embedding gives `rows` at `slots` in place of its own.
@@ -896,11 +953,19 @@ def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.T
         embedding: the text encoder's input embedding.
         slots: where, boolean (batch, length), as many true in each line as there are rows.
         rows: what, (batch, num_rows, dim).
-    """
 
+    Raises:
+        RuntimeError: if the embedding was not asked, or its answer not replaced.
+    """
+    thread, replaced = threading.get_ident(), []
+
+    @torch.compiler.disable
     def replace(module, inputs, output):
+        if threading.get_ident() != thread:  # a stock pipeline with the same text encoder
+            return output
         output = output.clone()
         output[slots.to(output.device)] = rows.flatten(0, 1).to(output)
+        replaced.append(True)
         return output
 
     hook = embedding.register_forward_hook(replace)
@@ -908,6 +973,11 @@ def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.T
         yield
     finally:
         hook.remove()
+    if rows.shape[1] and not replaced:
+        raise RuntimeError(
+            "The text encoder took no difference tokens: it was compiled before they were there. Leave it uncompiled; "
+            "`torch.compile` is worth most for `pipe.unet`."
+        )
 
 
 @contextmanager
@@ -1308,13 +1378,7 @@ class DifferenceInversionPipeline(
         "tokenizer_2",
         "clip_2",
     ]
-    _callback_tensor_inputs = [
-        "latents",
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     @components_come_first
     def __init__(
@@ -1354,7 +1418,11 @@ class DifferenceInversionPipeline(
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
         )
-        self._interrupt = False
+        if text_encoder_2 is not None:
+            pooled = ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+            self._callback_tensor_inputs = [*self._callback_tensor_inputs, *pooled]
+        self._interrupt, self._stopped = False, False
+        self.interrupted_difference: Optional[DifferenceTokens] = None  # of a call that Ctrl-C ended while it learned
 
     @property
     def guidance_scale(self) -> float:
@@ -1379,6 +1447,9 @@ class DifferenceInversionPipeline(
             return [_Encoder(DEFAULT_TOKEN, *first)]
         second = (self.tokenizer_2, self.text_encoder_2, self.clip_2, "clip_2")
         return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
+
+    def _models(self) -> list[torch.nn.Module]:
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
     def _make_room(self, *models: torch.nn.Module) -> None:
         """Leaves these models alone on the device, where `enable_model_cpu_offload` has models moved.
@@ -1408,8 +1479,9 @@ class DifferenceInversionPipeline(
 
     @contextmanager
     def _weights_kept(self) -> Iterator[None]:
-        """While open, backward finds the weights that forward saw, though group offloading puts others in their place."""
-        if not self._maybe_raise_error_if_group_offload_active():
+        """While open, backward finds the weights that forward saw, though diffusers' hooks put others in their place: those
+        of group offloading and of layerwise casting."""
+        if not any(hasattr(module, "_diffusers_hook") for model in self._models() for module in model.modules()):
             yield
             return
         with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda kept: kept):
@@ -1673,7 +1745,7 @@ class DifferenceInversionPipeline(
             )
         batch_size = count * num_images_per_prompt
         self._check_noise(generator, latents, batch_size, size, inverted=inversion is not None and image is not None)
-        known = [name for name in self._callback_tensor_inputs if self.text_encoder_2 or "pooled" not in name]
+        known = self._callback_tensor_inputs
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in known]
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; known are {known}.")
@@ -1840,6 +1912,7 @@ class DifferenceInversionPipeline(
         ids = torch.as_tensor(ids, dtype=torch.long, device=self._execution_device)
         return torch.cat([encoder.rows(ids) for encoder in self._encoders], dim=-1)
 
+    @taking_turns
     @torch.no_grad()
     def caption(self, images: list, question: Optional[str] = None, max_new_tokens: int = 50) -> list[str]:
         """Describes images with the captioner, one string each.
@@ -1874,6 +1947,7 @@ class DifferenceInversionPipeline(
         tokens = self.captioner.generate(**inputs, max_new_tokens=max_new_tokens)[:, start:]
         return [text.strip() for text in self.captioner_processor.batch_decode(tokens, skip_special_tokens=True)]
 
+    @taking_turns
     @torch.no_grad()
     def hard_prompts(
         self,
@@ -1998,6 +2072,7 @@ class DifferenceInversionPipeline(
             return image
         return self.image_processor.postprocess(self.image_processor.preprocess(image), output_type="pil")[0]
 
+    @taking_turns
     def encode_prompt(
         self, prompts: Union[str, list[str]], rows: Optional[torch.Tensor] = None
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -2194,6 +2269,7 @@ class DifferenceInversionPipeline(
 
     # ------------------------------------------------------------------------------------------------- learning
 
+    @taking_turns
     @torch.no_grad()
     def invert_difference(
         self,
@@ -2225,7 +2301,8 @@ class DifferenceInversionPipeline(
         Learns what changed from `before` to `after` (paper, section 4).
 
         Stopping it early loses nothing: on Ctrl-C once its steps have begun, or when a callback sets
-        `pipe._interrupt = True`, the best tokens so far are returned.
+        `pipe._interrupt = True`, the best tokens so far are returned. (A call of the pipeline ends with Ctrl-C while it learns,
+        and keeps them as `pipe.interrupted_difference`.)
 
         Args:
             before: the image before the change, or several; PIL images of any mode and size, arrays or tensors.
@@ -2317,7 +2394,7 @@ class DifferenceInversionPipeline(
         """Learns from pairs with their prompts, one each."""
         generator = first_of(generator)
         hard = settings.projection == "hard"
-        self._interrupt = False
+        self._interrupt, self._stopped = False, False
         with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
             # 1. Latents of each pair
             before_latents = self._encode_images(befores, "before", size).float().split(1)
@@ -2641,6 +2718,7 @@ class DifferenceInversionPipeline(
             logger.warning(
                 "Learning was interrupted at step %d of %d; the best tokens so far are kept.", step + 1, num_steps
             )
+            self._stopped = True
             judge()
         loss, best = min(candidates, key=lambda candidate: candidate[0])
         if not np.isfinite(loss):
@@ -3051,6 +3129,7 @@ class DifferenceInversionPipeline(
 
     # ------------------------------------------------------------------------------------------------- the call
 
+    @taking_turns
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -3240,6 +3319,9 @@ class DifferenceInversionPipeline(
         if learns:
             pairs, pair_size = (befores, afters, *pair_prompts), self._common_size(befores, "before", height, width)
             difference = self._learn(*pairs, pair_size, settings, generator, callback_on_optimization_step)
+            if self._stopped:
+                self.interrupted_difference = difference
+                raise KeyboardInterrupt("What was learned is `pipe.interrupted_difference`.")
             differences = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
 

@@ -352,6 +352,18 @@ def test_stable_diffusions_callbacks_have_no_pooled_embeddings(pair):
         build("sd15")(**query(), difference=tokens(cat=24), **options)
 
 
+def test_callbacks_get_every_tensor_that_the_pipeline_says_it_has(any_pipe, pair):
+    seen, names = [], any_pipe._callback_tensor_inputs
+
+    def keep(pipe, step, t, tensors):
+        seen.append({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        return tensors
+
+    options = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names, "guidance_scale": 2.0}
+    any_pipe(**query(), difference=learn(any_pipe, pair, num_optimization_steps=1), **options)
+    assert list(seen[0]) == names and {"latents", "prompt_embeds", "negative_prompt_embeds"} <= set(names)
+
+
 # -------------------------------------------------------------------------------------------------------- loading
 
 

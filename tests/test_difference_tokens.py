@@ -193,7 +193,14 @@ def test_the_file_says_what_it_is(tokens, tmp_path):
     with safe_open(tokens.save(tmp_path / "d.safetensors"), framework="pt") as file:
         assert file.metadata()["format"] == "difference-tokens"
         assert file.metadata()["format_version"] == "1"
-        assert list(file.keys()) == ["<difference>"]
+        assert list(file.keys()) == [file.metadata()["token"]] == ["<d>"]
+
+
+def test_a_saved_difference_takes_the_name_that_it_is_given(tokens, tmp_path):
+    path = tokens.save(tmp_path / "d.safetensors", token="castle*")
+    with safe_open(path, framework="pt") as file:
+        assert list(file.keys()) == ["castle*"]
+    assert torch.equal(rows_of(DifferenceTokens.load(path)), rows_of(tokens))
 
 
 def test_a_foreign_file_saved_again_says_that_it_is_ours(tmp_path):
@@ -243,10 +250,13 @@ def test_loaded_tokens_do_not_need_their_file_any_more(tmp_path):
     assert (run.returncode, run.stdout.strip()) == (0, str(400.0 * 768)), run.stderr
 
 
-@pytest.mark.parametrize("name", ["<Cabin-To-Castle>", "CLIP_L"])
-def test_upper_case_names_are_refused_before_anything_is_written(name, tmp_path):
-    with pytest.raises(ValueError, match=f"{name}.*lower case"):
-        DifferenceTokens({name: torch.zeros(2, 4)}).save(tmp_path / "d.safetensors")
+@pytest.mark.parametrize("name", ["<Cabin-To-Castle>", "two words"])
+def test_names_that_diffusers_does_not_know_are_refused_before_anything_is_written(name, tokens, tmp_path):
+    with pytest.raises(ValueError, match=f"`token`.*lower case.*{name}"):
+        tokens.save(tmp_path / "d.safetensors", token=name)
+    two = DifferenceTokens({"clip_l": torch.zeros(2, 4), "clip_g": torch.zeros(2, 8)})
+    with pytest.raises(ValueError, match="`token`.*when they are loaded"):
+        two.save(tmp_path / "d.safetensors", token="<cabin>")
     assert not list(tmp_path.iterdir())
 
 
@@ -370,12 +380,16 @@ def test_a_textual_inversion_from_elsewhere_is_accepted(metadata, tmp_path):
 # ---------------------------------------------------------------------------------------- in stock Stable Diffusion
 
 
+def stock_pipeline() -> StableDiffusionPipeline:
+    own = {name: part for name, part in build_components().items() if not name.startswith("clip")}
+    return StableDiffusionPipeline(**own, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
 def test_stock_stable_diffusion_loads_a_learned_difference_and_understands_it_as_we_do(pair, tmp_path):
     pipe = build_pipeline()
     difference = pipe.invert_difference(**pair, num_tokens=3, num_optimization_steps=3, generator=seeded())
     path = difference.save(tmp_path / "difference.safetensors")
-    own = {name: part for name, part in build_components().items() if not name.startswith("clip")}
-    stock = StableDiffusionPipeline(**own, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    stock = stock_pipeline()
 
     stock.load_textual_inversion(str(path))
 
@@ -386,6 +400,18 @@ def test_stock_stable_diffusion_loads_a_learned_difference_and_understands_it_as
     assert (ours - without).abs().max() > 0.1
 
 
+def test_two_saved_differences_load_into_one_stock_pipeline(tmp_path):
+    differences = {"Cabin to castle": random_tokens(num_tokens=3), "grass_to_snow": random_tokens(num_tokens=1)}
+    stock = stock_pipeline()
+    for name, difference in differences.items():
+        stock.load_textual_inversion(str(difference.save(tmp_path / name)))
+    table = stock.text_encoder.get_input_embeddings().weight
+    ids = stock.tokenizer(stock.maybe_convert_prompt("<cabin-to-castle> <grass_to_snow>", stock.tokenizer)).input_ids[
+        1:-1
+    ]
+    torch.testing.assert_close(table[ids], torch.cat([rows_of(d) for d in differences.values()]))
+
+
 def test_the_file_holds_the_bare_matrix_that_other_programs_read(tokens, tmp_path):
     tensors = load_file(tokens.save(tmp_path / "d.safetensors"))
-    assert {name: tuple(rows.shape) for name, rows in tensors.items()} == {"<difference>": (3, WIDTH)}
+    assert {name: tuple(rows.shape) for name, rows in tensors.items()} == {"<d>": (3, WIDTH)}

@@ -522,6 +522,23 @@ def test_ctrl_c_at_any_moment_keeps_the_best_tokens_so_far(pipe, pair, moment):
     assert state_of(pipe) == before
 
 
+def test_ctrl_c_while_a_call_learns_ends_the_call_and_keeps_what_was_learned(pipe, pair):
+    diary = Diary(at=5, do=press_ctrl_c)
+    draws = []
+    with pytest.raises(KeyboardInterrupt, match="interrupted_difference"):
+        pipe(
+            image=pair["before"],
+            prompt="a cabin",
+            **pair,
+            num_optimization_steps=40,
+            callback_on_optimization_step=diary,
+            callback_on_step_end=lambda *given: draws.append(given) or {},
+        )
+    assert len(diary.entries) == 6 and not draws
+    rows = rows_of(pipe.interrupted_difference)
+    assert any(torch.equal(rows, seen) for seen in diary.values("tokens"))
+
+
 def test_noises_and_time_steps_are_drawn_where_the_latents_are_whatever_the_default_device(pipe):
     latents = torch.zeros(1, 4, 4, 4)
     with torch.device("meta"):  # which stands for a device that the latents are not on

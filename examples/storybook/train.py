@@ -172,12 +172,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_component(component, folder: Path) -> None:
-    """`save_pretrained` in half precision. Files are moved into place whole, so a reader never meets half of one."""
+    """`save_pretrained` in half precision. Files are moved into place whole, so a reader never meets half of one.
+
+    Its configuration says single precision: transformers would else load a part in half, which diffusers loads in single.
+    """
     if isinstance(component, torch.nn.Module):
         component = copy.deepcopy(component).cpu().half()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     component.save_pretrained(partial)
+    settings = partial / "config.json"
+    if settings.is_file():
+        settings.write_text(settings.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     folder.mkdir(parents=True, exist_ok=True)
     for file in partial.iterdir():
         os.replace(file, folder / file.name)

@@ -1,0 +1,116 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""What several callers of the same models, or hooks and compilers upon them, must not change."""
+
+import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import WIDTH, build_pipeline, picture, random_tokens, rows_of, seeded
+
+from pipeline_difference_inversion import DifferenceInversionPipeline, inserted_rows
+
+
+@pytest.fixture(autouse=True)
+def eager_threads():
+    """Threads take turns as often as Python lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def draw(pipe, seed: int, scale: float = 1.5) -> torch.Tensor:
+    options = {"image": picture("blue"), "prompt": "a blue cabin", "complete_prompts": False}
+    options |= {"guidance_scale": scale, "num_inference_steps": 3, "output_type": "latent", "generator": seeded()}
+    return pipe(difference=random_tokens(num_tokens=2 + seed, seed=seed), **options).images
+
+
+def learn(pipe, pair) -> torch.Tensor:
+    options = {"init": "random", "num_optimization_steps": 3, "complete_prompts": False, "generator": seeded()}
+    return rows_of(pipe.invert_difference(**pair, **options))
+
+
+def in_threads(*calls) -> list[torch.Tensor]:
+    """Each call's result of three, which must be the same."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        turns = [[threads.submit(call) for call in calls] for _ in range(3)]
+    results = [[turn[i].result() for turn in turns] for i in range(len(calls))]
+    for first, *others in results:
+        assert all(torch.equal(first, other) for other in others)
+    return [first for first, *_ in results]
+
+
+def test_threads_with_one_pipeline_get_what_each_asked_for(pipe):
+    asked = [(seed, 1.0 + seed) for seed in range(3)]
+    expected = [draw(pipe, *one) for one in asked]
+    got = in_threads(*(lambda one=one: draw(pipe, *one) for one in asked))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_one_pipeline_learns_while_another_over_the_same_models_draws(pipe, pair):
+    other = DifferenceInversionPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+
+    def encode() -> torch.Tensor:
+        return torch.cat([other.encode_prompt(["a cabin"]) for _ in range(20)])
+
+    expected = [learn(pipe, pair), draw(pipe, 1), encode()]
+    got = in_threads(lambda: learn(pipe, pair), lambda: draw(other, 1), encode)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_callback_may_use_the_pipeline(pipe):
+    seen = []
+
+    def look(pipe, step, t, tensors):
+        seen.append(pipe.encode_prompt(["a castle"]))
+        return {}
+
+    options = {"prompt": "a cabin", "difference": random_tokens(), "num_inference_steps": 2, "output_type": "latent"}
+    pipe(**options, callback_on_step_end=look)
+    assert torch.equal(seen[0], pipe.encode_prompt(["a castle"]))
+
+
+def test_another_threads_call_of_the_text_encoder_has_no_rows(pipe):
+    embedding, ids = pipe.text_encoder.get_input_embeddings(), torch.tensor([[1, 2, 3]])
+    with inserted_rows(embedding, torch.tensor([[False, True, False]]), torch.ones(1, 1, WIDTH)):
+        inserted, theirs = embedding(ids), []
+        stock = threading.Thread(target=lambda: theirs.append(embedding(ids)))
+        stock.start()
+        stock.join()
+    assert torch.equal(theirs[0], embedding.weight[ids])
+    assert torch.equal(inserted[0, 1], torch.ones(WIDTH))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_text_encoder_that_was_compiled_before_takes_the_rows(pipe, in_place):
+    rows = torch.randn(1, 2, WIDTH, generator=seeded())
+    expected = pipe.encode_prompt(["a cabin"], rows)
+    if in_place:
+        pipe.text_encoder.compile(backend="eager")
+    else:
+        pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
+    pipe.text_encoder(torch.tensor([[1, 2, 3]]))
+    torch.testing.assert_close(pipe.encode_prompt(["a cabin"], rows), expected)
+
+
+def test_a_text_encoder_that_ignores_the_rows_is_refused(pipe):
+    table = pipe.text_encoder.get_input_embeddings()
+    with pytest.raises(RuntimeError, match="took no difference tokens.*compiled"):
+        with inserted_rows(table, torch.tensor([[False, True]]), torch.ones(1, 1, WIDTH)):
+            table.forward(torch.tensor([[1, 2]]))  # as a graph does that knows of no hook
+
+
+def test_weights_kept_in_eight_bits_learn_as_the_same_weights_in_full(pair):
+    pipes = [build_pipeline() for _ in range(2)]
+    pipes[0].unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {p.dtype for p in pipes[0].unet.parameters()}
+    rounded = {name: p.float() for name, p in copy.deepcopy(pipes[0].unet.state_dict()).items()}
+    pipes[1].unet.load_state_dict(rounded)
+    cast, full = (learn(pipe, pair) for pipe in pipes)
+    torch.testing.assert_close(cast, full)
+    assert torch.float8_e4m3fn in {p.dtype for p in pipes[0].unet.parameters()}
+    assert torch.equal(draw(pipes[0], 1), draw(pipes[1], 1))
