@@ -102,9 +102,11 @@ NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, whe
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
 # than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
-# On fresh noises, a word may harm its own picture and help the other by no more than the first two; and alone it must help
-# its own by the third, or harm the other by the fourth. All are relative; see RESULTS.md.
-MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE, LEAST_CONTRAST_ALONE = 0.003, 0.015, 0.06, 0.7
+# On fresh noises, a word may harm its own picture by the first. It is quiet if alone it harms the other picture by less than
+# LOUD, and by less than QUIET_SHARE of what the loudest word does; a quiet one may help the other picture beside its words by
+# the second, and must alone help its own by the third. All are relative to the error without words; see RESULTS.md.
+MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE = 0.003, 0.015, 0.06
+LOUD, QUIET_SHARE = 0.7, 0.15
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
 CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
 LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
@@ -471,20 +473,25 @@ class WordSearch:
     def _doubt(self, search: "WordSearch", word: str, side: int) -> float:
         """By how much a word that another search found misses what is asked of it; above 0 it is not to stay.
 
-        It may not help the other picture, nor harm its own, or that only a little if it harms the other very much. Alone it
-        must help its own picture, if it does not harm the other. Where something goes and nothing comes in its place, a word
-        for what both pictures show may seem to do a little of each.
+        It may not harm its own picture, or only a little if it harms the other very much. Beside a much louder word it must
+        also help its own picture, and not the other: where something goes and nothing comes in its place, a word for what
+        both pictures show may seem to do a little of each.
         """
         others = [other for other in search.found[side] if other != word]
         gain, gain_alone = self._gain(word, others, side), self._gain(word, [], side)
         contrast = -self._gain(word, search.found[1 - side], 1 - side)
-        doubt = -contrast - MOST_FRESH_HELP
-        if gain < -MOST_FRESH_HARM or gain_alone < LEAST_GAIN_ALONE:
-            contrast = max(contrast, -self._gain(word, [], 1 - side))
-            doubt = max(doubt, -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * contrast))
-        if gain_alone < LEAST_GAIN_ALONE:
-            doubt = max(doubt, LEAST_CONTRAST_ALONE - contrast)
+        if gain >= -MOST_FRESH_HARM and gain_alone >= LEAST_GAIN_ALONE and contrast >= -MOST_FRESH_HELP:
+            return 0.0
+        loudness = max(contrast, self._loudness(word, side))
+        doubt = -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness)
+        loudest = max(self._loudness(found, place) for place in (0, 1) for found in search.found[place])
+        if loudness < min(LOUD, QUIET_SHARE * loudest):
+            doubt = max(doubt, LEAST_GAIN_ALONE - gain_alone, -contrast - MOST_FRESH_HELP)
         return doubt
+
+    def _loudness(self, word: str, side: int) -> float:
+        """By how much a word alone harms the other picture."""
+        return -self._gain(word, [], 1 - side)
 
     def order(self, prompts: tuple[str, str]) -> None:
         """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""

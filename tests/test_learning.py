@@ -531,6 +531,7 @@ def test_ctrl_c_while_a_call_learns_ends_the_call_and_keeps_what_was_learned(pip
             prompt="a cabin",
             **pair,
             num_optimization_steps=40,
+            init="random",
             callback_on_optimization_step=diary,
             callback_on_step_end=lambda *given: draws.append(given) or {},
         )
