@@ -30,14 +30,26 @@ from benchmark import (
     read_answers,
     summary_table,
 )
+from conftest import build_clip, build_tokenizer
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import load_image
 from PIL import Image
 from questions import draw_questions, with_fillers
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train import build_instruct_unet, clip_near_misses, clip_restated, decode, draw, encode, to_pil, to_signed
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from train import (
+    XL_COMPONENTS,
+    build_instruct_unet,
+    clip_near_misses,
+    clip_restated,
+    decode,
+    draw,
+    encode,
+    save_component,
+    to_pil,
+    to_signed,
+)
+from transformers import BitImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 
 from pipeline_difference_inversion import DifferenceInversionPipeline
@@ -504,6 +516,21 @@ def test_the_words_of_a_difference_are_what_changed_whatever_else_the_prompts_sa
 ):
     metadata = from_day_to_night(storybook, before_prompt, after_prompt).metadata
     assert (metadata["lost_phrases"], metadata["gained_phrases"]) == ("day", "night")
+
+
+def test_all_parts_of_storybook_load_in_one_type():
+    xl = {
+        name: part.from_pretrained(STORYBOOK.with_name("model_xl") / name) for name, (_, part) in XL_COMPONENTS.items()
+    }
+    for own in ({}, xl):
+        parts = DifferenceInversionPipeline.from_pretrained(STORYBOOK, **own).components.values()
+        assert {part.dtype for part in parts if isinstance(part, torch.nn.Module)} == {torch.float32}
+
+
+def test_a_part_that_training_writes_loads_in_single_precision(tmp_path):
+    save_component(build_clip(build_tokenizer()), tmp_path / "clip")
+    assert load_file(tmp_path / "clip" / "model.safetensors")["logit_scale"].dtype == torch.float16
+    assert CLIPModel.from_pretrained(tmp_path / "clip").dtype == torch.float32
 
 
 def test_tokens_begin_as_a_textual_inversion_that_tells_what_was_gained():

@@ -154,7 +154,7 @@ def load_pipeline(
     parts = {name: kind.from_pretrained(xl / name) for name, (_, kind) in XL_COMPONENTS.items()} if xl else {}
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
-            part.to(dtype)  # they are kept in half precision
+            part.to(dtype)
     pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # a CPU then has a batch of 12 in 0.6 of the time
