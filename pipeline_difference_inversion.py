@@ -92,6 +92,9 @@ NUM_VERIFICATION_SAMPLES = 12  # other pairs, that the words found must hold on 
 EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
 NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
 NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
+NUM_SHARED_CANDIDATES = 64  # vocabulary words nearest to both pictures, of which CLIP describes what they share
+MOST_SHARED_WORDS = 7  # in that description
+LEAST_LIKENESS_GAIN = 0.005  # cosine by which each of them must bring the description nearer to both pictures
 NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
 NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
@@ -477,15 +480,17 @@ class WordSearch:
         also help its own picture, and not the other: where something goes and nothing comes in its place, a word for what
         both pictures show may seem to do a little of each.
         """
-        others = [other for other in search.found[side] if other != word]
-        gain, gain_alone = self._gain(word, others, side), self._gain(word, [], side)
-        contrast = -self._gain(word, search.found[1 - side], 1 - side)
-        if gain >= -MOST_FRESH_HARM and gain_alone >= LEAST_GAIN_ALONE and contrast >= -MOST_FRESH_HELP:
-            return 0.0
-        loudness = max(contrast, self._loudness(word, side))
-        doubt = -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness)
+        gain = self._gain(word, [other for other in search.found[side] if other != word], side)
+        loudness = self._loudness(word, side)
         loudest = max(self._loudness(found, place) for place in (0, 1) for found in search.found[place])
-        if loudness < min(LOUD, QUIET_SHARE * loudest):
+        quiet = min(LOUD, QUIET_SHARE * loudest)
+        if loudness >= quiet and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
+            return 0.0  # of most words no more need be known
+        contrast = -self._gain(word, search.found[1 - side], 1 - side)
+        loudness = max(contrast, loudness)
+        doubt = -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness)
+        if loudness < quiet:
+            gain_alone = self._gain(word, [], side)
             doubt = max(doubt, LEAST_GAIN_ALONE - gain_alone, -contrast - MOST_FRESH_HELP)
         return doubt
 
@@ -2468,17 +2473,20 @@ class DifferenceInversionPipeline(
 
         Several pairs are judged together, so that a word must hold for them all.
         """
+        has_clip = bool(self._encoders_with_clip()) and self.clip_processor is not None
         choosing, verifying = (
             self._evidence(examples, self._draw(examples[0].before_latents, n, generator, False, EVIDENCE_TIMESTEPS))
             for n in (NUM_EVIDENCE_SAMPLES, NUM_VERIFICATION_SAMPLES)
         )
         search = WordSearch(choosing)
+        if has_clip:
+            search.shared = self._shared_words(examples, befores, afters)
         said = [
             list(dict.fromkeys(word for e in examples for word in unshared_words(*self._sides(e)[::order])))
             for order in (1, -1)
         ]
         proposed = [*said[0], *said[1]]
-        if self._encoders_with_clip() and self.clip_processor is not None:
+        if has_clip:
             said, nearest = self._words_along_the_delta(said, befores, afters)
             proposed = [*said[0], *said[1], *nearest]
         search.run(proposed, may_be_shared=[*said[0], *said[1]], most=most)
@@ -2486,6 +2494,42 @@ class DifferenceInversionPipeline(
             search.verify(verifying)
         search.order(self._sides(examples[0]))
         return search.found
+
+    def _shared_words(self, examples: list[_Example], befores: list, afters: list) -> list[str]:
+        """Words for what CLIP sees in all pictures, and their pairs' prompts do not share.
+
+        A word is hard to judge alone, and captions may say little that both pictures show. CLIP needs no step of the UNet
+        for this: word by word it picks what brings the description nearer to every picture.
+        """
+        encoder = self._encoders_with_clip()[0]
+        features = self._clip_image_features(encoder.clip, [*befores, *afters])  # [2 * pairs, dim]
+        prompts = [shared_prompt(*self._sides(e)) for e in examples]
+        room = self._room() - MOST_SHARED_WORDS
+        known = [self._read(self.tokenizer, prompt)[:room] for prompt in prompts]
+        pictures = features.unflatten(0, (2, len(examples)))
+
+        def likeness(descriptions: list[list[int]]) -> torch.Tensor:
+            """Cosines (descriptions, 2 * pairs) of pictures and descriptions that follow what their pair's prompts share."""
+            cosines = []
+            for ids, pair in zip(known, pictures.unbind(1), strict=True):
+                phrases = torch.tensor([[*ids, *more] for more in descriptions], dtype=torch.long, device=pair.device)
+                cosines.append(self._clip_row_features(encoder, encoder.rows(phrases)) @ pair.T)
+            return torch.cat(cosines, dim=1)
+
+        said = {word for prompt in prompts for word in split_words(prompt)}
+        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS | said)
+        nearest = (self._word_features(encoder, words) @ features.T).amin(1) if len(words) else torch.zeros(0)
+        candidates = words[nearest.topk(min(NUM_SHARED_CANDIDATES, len(words))).indices].tolist()
+        chosen, reached = [], likeness([[]])
+        while candidates and len(chosen) < MOST_SHARED_WORDS:
+            found = likeness([[*chosen, word] for word in candidates])
+            gains = (found - reached).amin(1)
+            best = int(gains.argmax())
+            if gains[best] < LEAST_LIKENESS_GAIN:
+                break
+            reached = found[best]
+            chosen.append(candidates.pop(best))
+        return [_written(self.tokenizer, [index]) for index in chosen]
 
     @staticmethod
     def _sides(example: _Example) -> tuple[str, str]:
@@ -2570,24 +2614,30 @@ class DifferenceInversionPipeline(
         parts = encoder.rows(words)[:, None].split(1024)
         return torch.cat([self._clip_row_features(encoder, part) for part in parts])
 
-    def _completed(self, prompts: list[str], images: list, latents: torch.Tensor) -> list[str]:
+    def _completed(
+        self, prompts: list[str], images: list, latents: torch.Tensor, said: Sequence[str] = ()
+    ) -> list[str]:
         """Prompts with words for what they leave unsaid of their images, whose latents (batch, ...) are given.
 
         CLIP proposes words, and the UNet takes those with which it draws the image better. A caption often names less
         than half of what can be seen, and what no word holds may drift when the rest is redrawn. This takes the place of
         the prompt that "fully anchors" an image in the paper. Without a CLIP, prompts stay as they are. What is added is
         logged.
+
+        Phrases that are `said` of the images besides are no news, and are not among what is added.
         """
         if not self._encoders_with_clip() or self.clip_processor is None:
             return prompts
         encoder = self._encoders_with_clip()[0]
         with frozen(self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
-            proposed = self._unsaid_words(encoder, prompts, images)
+            told = [" ".join(filter(None, [without_phrases(prompt, said), *said])) for prompt in prompts]
+            proposed = self._unsaid_words(encoder, told, images)
             # The same noises for all images, so that it does not matter in whose company one is completed.
             noise = torch.Generator().manual_seed(0)
             draw = self._draw(latents[:1].float(), NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
-            each = zip(prompts, proposed, latents.float().split(1), strict=True)
-            completed = [self._with_true_words(prompt, words, own, draw) for prompt, words, own in each]
+            each = zip(told, proposed, latents.float().split(1), strict=True)
+            added = [self._true_words(prompt, words, own, draw) for prompt, words, own in each]
+        completed = [" ".join(filter(None, [prompt, *words])) for prompt, words in zip(prompts, added, strict=True)]
         for prompt, longer in zip(prompts, completed, strict=True):
             if longer != prompt:
                 logger.info("The prompt %r is completed to %r.", prompt, longer)
@@ -2620,18 +2670,20 @@ class DifferenceInversionPipeline(
             proposed.append(list(islice((word for word in ranked if word not in said), NUM_COMPLETION_WORDS)))
         return proposed
 
-    def _with_true_words(self, prompt: str, words: list[str], latents: torch.Tensor, draw: _Draw) -> str:
-        """A prompt with those of the words with which the UNet draws the latents (1, ...) better, the best one first."""
+    def _true_words(self, prompt: str, words: list[str], latents: torch.Tensor, draw: _Draw) -> list[str]:
+        """Those of the words with which, after the prompt, the UNet draws the latents (1, ...) better, the best one first."""
         (reference,) = (errors,) = self._prompt_errors([prompt], latents, draw)
+        chosen = []
         while words:
             found = self._prompt_errors([f"{prompt} {word}".strip() for word in words], latents, draw)
             gains = ((errors - found) / reference).mean(1)
             best = int(gains.argmax())
             if gains[best] < LEAST_COMPLETION_GAIN:
                 break
+            chosen.append(words[best])
             prompt, errors = f"{prompt} {words[best]}".strip(), found[best]
             words = [w for w, gain in zip(words, gains.tolist(), strict=True) if w != words[best] and gain > -0.05]
-        return prompt
+        return chosen
 
     def _prompt_errors(
         self, prompts: list[str], latents: torch.Tensor, draw: _Draw, weights: Optional[torch.Tensor] = None
@@ -3336,7 +3388,8 @@ class DifferenceInversionPipeline(
         size = self._common_size(images, "image", height, width)
         queries = self._encode_images(images, "image", size) if images else None
         if images and complete_prompts and source_prompt is None:
-            prompts = self._completed(prompts, images, queries)
+            ways = [self._way(d, scale, replace_phrases) for d, scale in differences]
+            prompts = self._completed(prompts, images, queries, [phrase for way in ways for phrase in way.phrases])
 
         # 5. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
         guidance = self._conditions(
