@@ -992,6 +992,12 @@ def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.T
         )
 
 
+def until_the_end(input_ids: torch.Tensor, end: int) -> torch.Tensor:
+    """1 for the tokens (batch, length) up to each prompt's first end token, and 0 for the padding behind."""
+    ends = (input_ids == end).int()
+    return (ends.cumsum(1) - ends == 0).int()
+
+
 @contextmanager
 def frozen(*modules: Optional[torch.nn.Module]) -> Iterator[None]:
     """While open, the modules are in evaluation mode and want no gradients; afterwards they are as they were."""
@@ -1561,6 +1567,8 @@ class DifferenceInversionPipeline(
         is_xl = self.unet.config.get("addition_embed_type") == "text_time"
         if is_xl and None in (self.text_encoder_2, self.tokenizer_2):
             raise ValueError("`text_encoder_2` or `tokenizer_2` is missing: SDXL's UNet needs both text encoders.")
+        self._check_unet()
+        self._check_tokenizers()
         prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
         known = prediction_type in ("epsilon", "v_prediction", "sample")
         if "beta_schedule" not in self.scheduler.config or not known:
@@ -1569,6 +1577,60 @@ class DifferenceInversionPipeline(
                 "is for models that were trained to predict noise, velocity or latents on a schedule of betas, as "
                 "Stable Diffusion 1.x, 2.x and SDXL were."
             )
+
+    def _check_unet(self) -> None:
+        """Raises `ValueError` for a UNet that wants to be told more than a prompt, or to be told it in another width."""
+        config, width = self.unet.config, sum(encoder.width for encoder in self._encoders)
+        wants = {
+            "out_channels": (config.out_channels, config.in_channels, "it predicts more than noise"),
+            "time_cond_proj_dim": (config.time_cond_proj_dim, None, "it was distilled, and is told a guidance scale"),
+            "class_embed_type": (
+                config.class_embed_type,
+                None,
+                "it is told a class or a noise level, as upscalers are",
+            ),
+            "num_class_embeds": (
+                config.num_class_embeds,
+                None,
+                "it is told a class or a noise level, as upscalers are",
+            ),
+        }
+        for name, (value, needed, meaning) in wants.items():
+            if value != needed:
+                raise ValueError(f"`unet` has {name} {value!r}: {meaning}. Load an ordinary Stable Diffusion.")
+        if config.addition_embed_type not in (None, "text_time"):
+            raise ValueError(
+                f"`unet` has addition_embed_type {config.addition_embed_type!r}, which neither Stable Diffusion nor SDXL "
+                "has. Load one of these."
+            )
+        if config.encoder_hid_dim_type not in (None, "text_proj"):
+            raise ValueError(
+                f"`unet` has encoder_hid_dim_type {config.encoder_hid_dim_type!r}: it is told of pictures too. If an "
+                "IP-Adapter was loaded, call `unload_ip_adapter()` of the pipeline that loaded it."
+            )
+        expected = config.encoder_hid_dim or config.cross_attention_dim
+        if any(dim != width for dim in (expected if isinstance(expected, (list, tuple)) else [expected])):
+            raise ValueError(f"`unet` attends to prompts of width {expected}, and the text encoders give {width}.")
+        if config.addition_embed_type == "text_time":
+            expected = config.projection_class_embeddings_input_dim
+            given = 6 * config.addition_time_embed_dim + self.text_encoder_2.config.projection_dim
+            if given != expected:
+                raise ValueError(
+                    f"`unet` is told of a picture in {expected} numbers, and SDXL's base model in {given}: its refiner "
+                    "has fewer. Load the base model."
+                )
+
+    def _check_tokenizers(self) -> None:
+        """Raises `ValueError` for a tokenizer whose window is not one that its text encoder has places for."""
+        for encoder, name in zip(self._encoders, ("tokenizer", "tokenizer_2"), strict=False):
+            most = encoder.model.config.max_position_embeddings
+            if encoder.tokenizer.model_max_length > most:
+                raise ValueError(
+                    f"`{name}` has model_max_length {encoder.tokenizer.model_max_length}, and its text encoder has {most} "
+                    f"places. Set `pipe.{name}.model_max_length = {most}`."
+                )
+            if encoder.tokenizer.pad_token_id is None:
+                raise ValueError(f"`{name}` has no pad_token. Set `pipe.{name}.pad_token`, mostly to its eos_token.")
 
     def check_learning_inputs(
         self,
@@ -2112,15 +2174,18 @@ class DifferenceInversionPipeline(
 
     def _encode(self, prompts: list[str], rows: torch.Tensor) -> _Condition:
         """As `_condition`, for rows that are on the device: finding it took a fifth of each step of learning."""
-        outputs = []
+        outputs, is_xl = [], self.text_encoder_2 is not None
         self._make_room(*(encoder.model for encoder in self._encoders))
         for encoder, part in self._by_encoder(rows):
             input_ids, slots = self._place_rows(encoder.tokenizer, prompts, part.shape[1], part.device)
+            options = {"output_hidden_states": is_xl}
+            if not is_xl and getattr(encoder.model.config, "use_attention_mask", False):  # SDXL's has no such setting
+                options["attention_mask"] = until_the_end(input_ids, encoder.tokenizer.eos_token_id)
             with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
-                outputs.append(encoder.model(input_ids, output_hidden_states=self.text_encoder_2 is not None))
+                outputs.append(encoder.model(input_ids, **options))
         # Prompts are encoded without a UNet too.
         dtype = self.text_encoder.dtype if self.unet is None else self.unet.dtype
-        if self.text_encoder_2 is None:
+        if not is_xl:
             return _Condition(outputs[0][0].to(dtype))
         # SDXL reads its encoders one layer early, and pools the second.
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
@@ -2182,6 +2247,9 @@ class DifferenceInversionPipeline(
     def _native_size(self, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
         """Height and width at which the UNet was trained; zeros where it does not say, and where both are given."""
         native = self.unet.config.sample_size
+        written_by = self.unet.config.get("_diffusers_version") or ""
+        if isinstance(native, int) and native < 64 and re.match(r"0\.[0-8]\.", written_by):
+            native = 64  # as stock pipelines take it: configurations of then did not say it rightly
         if native is None and None in (height, width):
             raise ValueError(
                 "`height` and `width` are needed: this `unet` does not say for which size it was trained."
@@ -2199,7 +2267,19 @@ class DifferenceInversionPipeline(
         with self._precise_vae():
             pixels = self._pixels(images, name, size).to(self._execution_device, self.vae.dtype)
             latents = retrieve_latents(self.vae.encode(pixels), sample_mode="argmax")  # a small VAE's have no spread
-        return latents.to(self.vae.dtype) * self.vae.config.scaling_factor
+        mean, scale = self._latents_statistics(latents)
+        return ((latents - mean) * scale).to(self.vae.dtype)
+
+    def _latents_statistics(self, latents: torch.Tensor) -> tuple[Any, Any]:
+        """What is taken from the VAE's latents, and what they are then multiplied by, to be what the UNet knows.
+
+        SDXL's VAE may say both by channel, which stock Stable Diffusion does not look at.
+        """
+        config, values = self.vae.config, []
+        for name, neutral in (("latents_mean", 0.0), ("latents_std", 1.0)):
+            given = None if self.text_encoder_2 is None else config.get(name)
+            values.append(neutral if given is None else torch.tensor(given).view(1, -1, 1, 1).to(latents))
+        return values[0], config.scaling_factor / values[1]
 
     def _pixels(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
         """Images of any kind and size as pixels (batch, 3, height, width), -1 to 1."""
@@ -2923,8 +3003,14 @@ class DifferenceInversionPipeline(
         known = inspect.signature(family.__init__).parameters
         config = {name: value for name, value in self.scheduler.config.items() if name in known}
         # At these the last step, too, can be undone.
-        undoable = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+        undoable = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "thresholding": False}
+        undoable = {name: value for name, value in undoable.items() if name in known}
         return family.from_config(config | undoable, timestep_spacing=spacing)
+
+    def _corrections(self) -> dict[str, Any]:
+        """What stock Stable Diffusion, but not SDXL, sets right in a scheduler's configuration of old."""
+        right = {"steps_offset": 1, "clip_sample": False} if self.text_encoder_2 is None else {}
+        return {name: value for name, value in right.items() if name in self.scheduler.config}
 
     def _latents_shape(self, batch_size: int, size: tuple[int, int]) -> tuple[int, ...]:
         return (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
@@ -3124,7 +3210,7 @@ class DifferenceInversionPipeline(
         device, dtype = self._execution_device, self.unet.dtype
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
         if inversion is None:
-            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler = type(self.scheduler).from_config(self.scheduler.config, **self._corrections())
         else:
             scheduler = self._deterministic(DDIMScheduler)
         scheduler.set_timesteps(num_inference_steps, device=device)
@@ -3180,7 +3266,9 @@ class DifferenceInversionPipeline(
     def _pictures(self, latents, mask: Optional[torch.Tensor], own: Optional[torch.Tensor], output_type: str) -> Any:
         """The answers as pictures, which where the mask is black are the queries' own pixels."""
         with self._precise_vae():
-            pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            latents = latents.to(self.vae.dtype)
+            mean, scale = self._latents_statistics(latents)
+            pixels = self.vae.decode(latents / scale + mean).sample
         if mask is not None:
             own = own.repeat_interleave(len(pixels) // len(own), dim=0).to(pixels)
             pixels = torch.where(mask > 0, pixels, own)

@@ -1,12 +1,14 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Which words are taken for the change: by what the UNet says of them, and not by what prompts say."""
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 from conftest import ROOT, STORYBOOK, logged, rows_of, seeded
 from diffusers.utils import load_image
+from world import Scene, render
 
 from pipeline_difference_inversion import (
     DifferenceInversionPipeline,
@@ -149,6 +151,41 @@ def test_the_change_is_found_and_nothing_else_whatever_the_captions_say(storyboo
     difference = find(storybook, grass_to_desert, captions)
     assert difference.metadata["gained_phrases"] == "desert"
     assert difference.metadata["lost_phrases"] == "grass"
+
+
+LAYOUT = {"x": 0.4, "size": 0.45, "horizon": 0.6}
+
+
+@pytest.mark.parametrize(
+    "shown, change, lost, gained",
+    [
+        (("cabin", "red", "water", "day", "nothing", "pixel art"), {"extra": "moon"}, "", "moon"),
+        (("windmill", "purple", "snow", "night", "moon", "pixel art"), {"subject": "cabin"}, "windmill", "cabin"),
+        (("castle", "red", "grass", "night", "moon", "pencil sketch"), {"subject": "boat"}, "castle", "boat"),
+    ],
+)
+def test_without_captions_the_change_is_found_beside_what_clip_sees_in_both_pictures(
+    storybook, shown, change, lost, gained
+):
+    """Judged alone, with nothing beside them, other words passed for a part of each of these changes."""
+    before = Scene(*shown, **LAYOUT)
+    pair = {"before": render(before), "after": render(dataclasses.replace(before, **change))}
+    metadata = find(storybook, pair, "silent").metadata
+    assert (metadata["lost_phrases"], metadata["gained_phrases"]) == (lost, gained)
+
+
+def test_what_the_pair_lost_is_no_news_of_the_query(storybook, grass_to_desert):
+    """It is said at the end of the query's prompt anyway, and is not sought a second time."""
+    table = storybook.text_encoder.get_input_embeddings().weight.detach()
+    ids = storybook.tokenizer("desert", add_special_tokens=False).input_ids
+    added = []
+    for metadata in ({}, {"lost_phrases": "grass"}):
+        difference = DifferenceTokens({"<difference>": table[ids]}, metadata)
+        with logged(level=logging.INFO) as lines:
+            storybook(image=grass_to_desert["before"], prompt="a cabin", difference=difference, num_inference_steps=1)
+        (line,) = (line for line in lines if "completed" in line)
+        added.append(set(line.split("to 'a cabin ")[1].rstrip(".'").split()))
+    assert added == [{"painting", "red", "grass"}, {"painting", "red"}]
 
 
 def test_tokens_begin_as_the_words_that_were_gained(storybook, grass_to_desert):
