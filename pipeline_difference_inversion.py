@@ -94,7 +94,9 @@ NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, a
 NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
 NUM_SHARED_CANDIDATES = 64  # vocabulary words nearest to both pictures, of which CLIP describes what they share
 MOST_SHARED_WORDS = 7  # in that description
-LEAST_LIKENESS_GAIN = 0.005  # cosine by which each of them must bring the description nearer to both pictures
+# Cosine by which each of them must bring the description nearer to both pictures, and to neither by less than this share of
+# what it does for the other: one that helps the one much more is part of the change.
+LEAST_LIKENESS_GAIN, LEAST_BALANCE = 0.01, 0.5
 NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
 NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
@@ -2603,7 +2605,8 @@ class DifferenceInversionPipeline(
         chosen, reached = [], likeness([[]])
         while candidates and len(chosen) < MOST_SHARED_WORDS:
             found = likeness([[*chosen, word] for word in candidates])
-            gains = (found - reached).amin(1)
+            least, most = (found - reached).aminmax(dim=1)
+            gains = torch.where(least >= LEAST_BALANCE * most, least, 0)
             best = int(gains.argmax())
             if gains[best] < LEAST_LIKENESS_GAIN:
                 break

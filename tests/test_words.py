@@ -167,7 +167,7 @@ LAYOUT = {"x": 0.4, "size": 0.45, "horizon": 0.6}
 def test_without_captions_the_change_is_found_beside_what_clip_sees_in_both_pictures(
     storybook, shown, change, lost, gained
 ):
-    """Judged alone, with nothing beside them, other words passed for a part of each of these changes."""
+    """Judged alone, with nothing beside them, other words passed for a part of the last two."""
     before = Scene(*shown, **LAYOUT)
     pair = {"before": render(before), "after": render(dataclasses.replace(before, **change))}
     metadata = find(storybook, pair, "silent").metadata
