@@ -663,16 +663,8 @@ class DifferenceTokens:
         }
         own = {"token": names[0]} if len(names) == 1 else {}
         header = {**self.metadata, **own, "format": FILE_FORMAT, "format_version": FILE_FORMAT_VERSION}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # as the umask has it, where safetensors lets nobody else read
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata={name: str(value) for name, value in header.items()})
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -834,6 +826,21 @@ class DifferenceTokens:
             raise OSError(f"{where} is not here, and the Hub cannot be reached to fetch {name!r} from it.") from error
         except EntryNotFoundError as error:
             raise FileNotFoundError(f"{where} has no file {name!r}; give another `weight_name`.") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file to, which then takes its place, so that a crash leaves the old one or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it, where safetensors lets nobody else read
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _file_in(folder: Path, weight_name: Optional[str]) -> Path:
@@ -1334,6 +1341,83 @@ class _Goal:
     deltas: list[torch.Tensor]
     settings: _Settings
     vocabulary: Optional[Vocabulary] = None
+
+
+@dataclass
+class _Stand:
+    """Where learning stands: all that the next step depends on, and the best tokens so far.
+
+    `candidates` are tokens with their loss on the `probes`.
+    """
+
+    tokens: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    generator: Optional[torch.Generator]
+    candidates: list[tuple[float, torch.Tensor]]
+    probes: list[_Draw] = field(default_factory=list)
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "candidates": self.candidates,
+            "probes": [vars(probe) for probe in self.probes],
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.tokens.device
+        self.tokens.detach().copy_(state["tokens"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        self.candidates = [(loss, tokens.to(device)) for loss, tokens in state["candidates"]]
+        self.probes = [
+            _Draw(**{name: None if value is None else value.to(device) for name, value in probe.items()})
+            for probe in state["probes"]
+        ]
+        self.step = state["step"]
+
+
+@dataclass
+class _Checkpoint:
+    """A file that holds where learning stands, every so many steps, so that the same call goes on from there.
+
+    Attributes:
+        path: of the file.
+        every: steps.
+        call: a hash of what is learned from and how, by which the same call is known again.
+        state: what an earlier call left in the file; empty if there is none.
+    """
+
+    path: Path
+    every: int
+    call: str
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            self.state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has no type of its own for a file that it cannot read
+            raise ValueError(
+                f"`checkpoint`: {str(self.path)!r} is no checkpoint of learning, or is damaged. Give another path."
+            ) from error
+        if not isinstance(self.state, dict) or self.state.get("call") != self.call:
+            raise ValueError(
+                f"`checkpoint`: {str(self.path)!r} is of another call, with other pictures, prompts, settings, model or "
+                "seed. Give another path, or delete it."
+            )
+
+    def write(self, stand: _Stand) -> None:
+        with replacing(self.path) as temporary:
+            torch.save({**self.state, "call": self.call, "stand": stand.state_dict()}, temporary)
 
 
 # ------------------------------------------------------------------------------------------------- the pipeline
@@ -2390,6 +2474,8 @@ class DifferenceInversionPipeline(
         complete_prompts: bool = True,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
+        checkpoint: Union[str, os.PathLike, None] = None,
+        checkpointing_steps: int = 10,
     ) -> DifferenceTokens:
         r"""
         Learns what changed from `before` to `after` (paper, section 4).
@@ -2440,6 +2526,9 @@ class DifferenceInversionPipeline(
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
                 `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
+            checkpoint: a file in which to keep where learning stands. If it is there, learning goes on from it: with a
+                `generator`, to the same tokens bit for bit. It is written whole or not at all, and stays when learning ends.
+            checkpointing_steps: optimizer steps from one time that it is written to the next, at least 1.
 
         Returns:
             The difference tokens that were best on a fixed set of noises and time steps, of those that they began as
@@ -2467,12 +2556,27 @@ class DifferenceInversionPipeline(
             before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
         )
         self._check_generator(generator)
+        check_number("checkpointing_steps", checkpointing_steps, 1, whole=True)
         befores, afters = as_list(before), as_list(after)
+        size = self._common_size(befores, "before", height, width)
+        if checkpoint is not None:
+            asked = (before_prompt, after_prompt, prompt_method, prompt_kwargs, settings)
+            call = self._call_hash(befores, afters, size, asked, first_of(generator))
+            checkpoint = _Checkpoint(Path(checkpoint), checkpointing_steps, call)
         groups = ((befores, before_prompt), (afters, after_prompt))
         prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
-        size = self._common_size(befores, "before", height, width)
         pairs = (befores, afters, *prompts)
-        return self._learn(*pairs, size, settings, generator, callback_on_optimization_step)
+        return self._learn(*pairs, size, settings, generator, callback_on_optimization_step, checkpoint)
+
+    def _call_hash(
+        self, befores: list, afters: list, size: tuple[int, int], asked: tuple, generator: Optional[torch.Generator]
+    ) -> str:
+        """What is learned from, by which model, and how, as a short hash."""
+        seed = None if generator is None else generator.initial_seed()
+        digest = hashlib.sha256(repr((asked, seed, self._base_model(), self._fingerprint())).encode())
+        for name, images in (("before", befores), ("after", afters)):
+            digest.update(self._pixels(images, name, size).float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def _learn(
         self,
@@ -2484,6 +2588,7 @@ class DifferenceInversionPipeline(
         settings: _Settings,
         generator,
         callback: Optional[Callable],
+        checkpoint: Optional[_Checkpoint] = None,
     ) -> DifferenceTokens:
         """Learns from pairs with their prompts, one each."""
         generator = first_of(generator)
@@ -2500,9 +2605,12 @@ class DifferenceInversionPipeline(
             deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
             # 3. The words that the pictures lost and gained, and the tokens to begin as
             allowed = self._vocabulary_words() if hard else None
-            lost, gained = [], []
+            state = {} if checkpoint is None else checkpoint.state
+            lost, gained = state.get("words", ([], []))
             alike = self._look_alike(examples)
-            if alike:
+            if state:
+                logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["stand"]["step"])
+            elif alike:
                 logger.warning(
                     "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
                 )
@@ -2515,15 +2623,20 @@ class DifferenceInversionPipeline(
                 settings = replace(settings, num_tokens=1, init="zeros")
             from_words = len(words) > 0 or (bool(lost) and not hard)
             settings = settings.for_start(from_words)
-            if settings.complete_prompts and not (from_words or alike):
+            if state:
+                examples = [replace(e, **prompts) for e, prompts in zip(examples, state["prompts"], strict=True)]
+            elif settings.complete_prompts and not (from_words or alike):
                 examples = self._completed_examples(examples, befores, afters, settings)
+            if checkpoint is not None:
+                sides = [dict(zip(("before_prompt", "after_prompt"), self._sides(e), strict=True)) for e in examples]
+                checkpoint.state |= {"words": (lost, gained), "prompts": sides}
             vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
             tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
             goal = _Goal(examples, deltas, settings, vocabulary)
             if alike:
                 tokens, loss = torch.zeros_like(tokens), 0.0
             else:
-                tokens, loss = self._optimize(tokens, goal, generator, callback)
+                tokens, loss = self._optimize(tokens, goal, generator, callback, checkpoint)
                 if not (tokens.any() or lost):  # words that were lost are a change by themselves
                     logger.warning(
                         "No tokens were better than zeros, and the difference will change nothing. Try a lower "
@@ -2808,7 +2921,12 @@ class DifferenceInversionPipeline(
         return torch.cat([others, words.to(device)])
 
     def _optimize(
-        self, tokens: torch.Tensor, goal: _Goal, generator: Optional[torch.Generator], callback: Optional[Callable]
+        self,
+        tokens: torch.Tensor,
+        goal: _Goal,
+        generator: Optional[torch.Generator],
+        callback: Optional[Callable],
+        checkpoint: Optional[_Checkpoint],
     ) -> tuple[torch.Tensor, float]:
         """Minimises equation 10; returns the best tokens, and their loss, on a fixed draw of noises and time steps.
 
@@ -2816,56 +2934,91 @@ class DifferenceInversionPipeline(
         """
         tokens, num_steps = tokens.requires_grad_(True), goal.settings.num_optimization_steps
         optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, max(1, num_steps))
-        contrasts = goal.settings.objective == "contrast"
-        probes = [self._probe(example, goal, generator) for example in goal.examples]
-        judge_every = max(1, num_steps if contrasts else num_steps // 4)
+        stand = _Stand(tokens, optimizer, schedule, generator, [(float("inf"), tokens.detach().clone())])
+        judge_every = max(1, num_steps if goal.settings.objective == "contrast" else num_steps // 4)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
-        scale = 1024.0 if half else 1.0
-        candidates, step = [(float("inf"), tokens.detach().clone())], 0
-
-        def judge() -> None:
-            """Puts the tokens as they are now among those that may be the best."""
-            losses = [
-                float(self._losses(tokens.detach(), example, probe, goal)["loss"])
-                for example, probe in zip(goal.examples, probes, strict=True)
-            ]
-            candidates.append((sum(losses) / len(losses), tokens.detach().clone()))
-
+        scale, overflown = 1024.0 if half else 1.0, 0
+        if checkpoint is not None and "stand" in checkpoint.state:
+            stand.load_state_dict(checkpoint.state["stand"])
+        else:
+            stand.probes = [self._probe(example, goal, generator) for example in goal.examples]
         try:
-            judge()
-            progress_bar = self.progress_bar(range(num_steps))
+            if len(stand.candidates) == 1:
+                self._judge(stand, goal)
+                if checkpoint is not None:
+                    checkpoint.write(stand)
+            progress_bar = self.progress_bar(range(stand.step, num_steps))
             for step in progress_bar:
-                turn, which = divmod(step, len(goal.examples))
-                example, samples = goal.examples[which], goal.settings.num_samples_per_step
-                if contrasts:  # of the fixed samples, whose references are known
-                    draw = probes[which].part(self._turn(turn, samples, len(probes[which].timesteps)))
-                else:
-                    draw = self._draw(example.before_latents, samples, generator)
+                example, draw = self._next_samples(stand, goal)
                 values = self._backward(tokens, example, draw, goal, scale)
+                if not math.isfinite(values["loss"]):
+                    self._warn_of_infinity(step, num_steps)
+                    break
                 tokens.grad /= scale
                 if tokens.grad.isfinite().all():
                     optimizer.step()
                     schedule.step()
+                else:
+                    overflown += 1
                 optimizer.zero_grad()
                 progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
                 if callback is not None:
                     used = tokens if goal.vocabulary is None else goal.vocabulary.project(tokens)[0]
                     callback(self, step, {**values, "tokens": used.detach().clone()})
-                if (step + 1) % judge_every == 0 or step + 1 == num_steps or self.interrupt:
-                    judge()
+                stand.step = step + 1
+                if stand.step % judge_every == 0 or stand.step == num_steps or self.interrupt:
+                    self._judge(stand, goal)
                 if self.interrupt:
                     break
+                if checkpoint is not None and (stand.step % checkpoint.every == 0 or stand.step == num_steps):
+                    checkpoint.write(stand)
         except KeyboardInterrupt:
             logger.warning(
-                "Learning was interrupted at step %d of %d; the best tokens so far are kept.", step + 1, num_steps
+                "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
+                stand.step + 1,
+                num_steps,
             )
             self._stopped = True
-            judge()
-        loss, best = min(candidates, key=lambda candidate: candidate[0])
+            self._judge(stand, goal)
+        if overflown:
+            logger.warning(
+                "Gradients overflowed in %s at %d of %d steps, which were left out. Use bfloat16 or float32.",
+                self.unet.dtype,
+                overflown,
+                num_steps,
+            )
+        loss, best = min(stand.candidates, key=lambda candidate: candidate[0])
         if not np.isfinite(loss):
             logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
         return best, loss
+
+    def _judge(self, stand: _Stand, goal: _Goal) -> None:
+        """Puts the tokens as they are now among those that may be the best."""
+        tokens = stand.tokens.detach().clone()
+        losses = [
+            float(self._losses(tokens, example, probe, goal)["loss"])
+            for example, probe in zip(goal.examples, stand.probes, strict=True)
+        ]
+        stand.candidates.append((sum(losses) / len(losses), tokens))
+
+    def _next_samples(self, stand: _Stand, goal: _Goal) -> tuple[_Example, _Draw]:
+        """The pair whose turn it is, with the noises and time steps of this step."""
+        turn, which = divmod(stand.step, len(goal.examples))
+        example, probe, samples = goal.examples[which], stand.probes[which], goal.settings.num_samples_per_step
+        if goal.settings.objective == "contrast":  # of the fixed samples, whose references are known
+            return example, probe.part(self._turn(turn, samples, len(probe.timesteps)))
+        return example, self._draw(example.before_latents, samples, stand.generator)
+
+    def _warn_of_infinity(self, step: int, num_steps: int) -> None:
+        cure = "Use bfloat16 or float32." if self.unet.dtype == torch.float16 else "Try a lower `learning_rate`."
+        logger.warning(
+            "Learning stopped at step %d of %d: its loss is not finite, in %s. The best tokens before it are kept. %s",
+            step + 1,
+            num_steps,
+            self.unet.dtype,
+            cure,
+        )
 
     def _backward(
         self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal, scale: float
@@ -3202,10 +3355,13 @@ class DifferenceInversionPipeline(
         """
         phrases = [phrase for way in ways for phrase in way.phrases]
         still = [phrase for way in ways[active:] for phrase in way.phrases]
-        prompts = [" ".join(filter(None, [without_phrases(prompt, phrases), *still])) for prompt in prompts]
+        told = [" ".join(filter(None, [without_phrases(prompt, phrases), *still])) for prompt in prompts]
+        for prompt, changed in zip(prompts, told, strict=True):
+            if changed != prompt:
+                logger.info("The prompt %r is read as %r after %d of %d changes.", prompt, changed, active, len(ways))
         rows = torch.cat([self._rows(None), *(way.rows for way in ways[:active])])
-        self._warn_of_long_prompts(prompts, len(rows))
-        return self._condition(prompts, rows.expand(len(prompts), -1, -1))
+        self._warn_of_long_prompts(told, len(rows))
+        return self._condition(told, rows.expand(len(told), -1, -1))
 
     def _start(
         self, queries, size, source, inversion, num_inference_steps, strength, eta, copies, generator, latents

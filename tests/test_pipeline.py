@@ -1,6 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 import functools
 import io
+import logging
 import signal
 
 import numpy as np
@@ -434,6 +435,15 @@ def test_a_difference_takes_the_place_of_what_the_prompt_of_the_image_before_sai
     seen = embeddings_seen(pipe, **{"prompt": "a blue cabin by day", "difference": tokens} | options)
     torch.testing.assert_close(seen["prompt_embeds"], pipe.encode_prompt([changed], rows_of(tokens)[None]))
     torch.testing.assert_close(seen["negative_prompt_embeds"], pipe.encode_prompt([own]))
+
+
+def test_the_log_says_how_a_prompt_is_changed(pipe):
+    tokens = DifferenceTokens(random_tokens().embeddings, dict(CASTLE))
+    with logged(level=logging.INFO) as lines:
+        apply(pipe, difference=tokens, prompt="a blue cabin by day")
+    given = "The prompt 'a blue cabin by day' is read as"
+    assert f"{given} 'a blue by day cabin on snow' after 0 of 1 changes." in lines
+    assert f"{given} 'a blue by day' after 1 of 1 changes." in lines
 
 
 def test_the_way_back_puts_the_lost_words_in_the_place_of_the_gained_ones(pipe):
