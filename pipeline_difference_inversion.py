@@ -1359,6 +1359,7 @@ class _Stand:
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """All of it in tensors and plain values, which `torch.load(..., weights_only=True)` reads."""
         return {
             "tokens": self.tokens.detach(),
             "optimizer": self.optimizer.state_dict(),
@@ -1370,6 +1371,7 @@ class _Stand:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes learning, and the generator, back to where `state_dict` was asked."""
         device = self.tokens.device
         self.tokens.detach().copy_(state["tokens"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1416,6 +1418,7 @@ class _Checkpoint:
             )
 
     def write(self, stand: _Stand) -> None:
+        """Puts this in the place of what the file held."""
         with replacing(self.path) as temporary:
             torch.save({**self.state, "call": self.call, "stand": stand.state_dict()}, temporary)
 
@@ -2976,7 +2979,7 @@ class DifferenceInversionPipeline(
         except KeyboardInterrupt:
             logger.warning(
                 "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
-                stand.step + 1,
+                min(stand.step + 1, num_steps),  # the last one is judged after it was taken
                 num_steps,
             )
             self._stopped = True
