@@ -100,6 +100,7 @@ LEAST_LIKENESS_GAIN, LEAST_BALANCE = 0.01, 0.5
 NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
 NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
+NUM_PROMISING = 3  # words that are tried again in the next round, of those that come nearest to each
 MOST_AT_ONCE = 12  # latents in one call of the UNet, where more are known beforehand
 MOST_LEARNED_AT_ONCE = 4  # likewise where gradients come back, which takes far more memory
 NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
@@ -135,8 +136,18 @@ RANDOM_INIT_SCALE = 1.0
 PROMPT_ARGUMENTS = ("images", "height", "width", "generator")  # of what writes prompts, which a call has of its own
 QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
 # Words are nearly there: steps that take random rows to their place in time lead words away from theirs.
-FROM_WORDS = {"objective": "contrast", "num_optimization_steps": 8, "learning_rate": 0.003}
-FROM_ROWS = {"objective": "consistency", "num_optimization_steps": 60, "learning_rate": 0.02}
+FROM_WORDS = {
+    "objective": "contrast",
+    "num_optimization_steps": 8,
+    "learning_rate": 0.003,
+    "num_samples_per_step": 2,
+}
+FROM_ROWS = {
+    "objective": "consistency",
+    "num_optimization_steps": 60,
+    "learning_rate": 0.02,
+    "num_samples_per_step": 4,
+}
 
 # The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
 MATCHING_CLIP = {
@@ -401,8 +412,9 @@ class WordSearch:
                     accepted = True
             both = gains.amin(1)
             said = torch.tensor([word in may_be_shared for word in candidates], device=both.device)
-            best = int(torch.where(said, both, -torch.inf).argmax())
-            if said[best] and both[best] > LEAST_SHARED_GAIN:
+            both = torch.where(said, both, -torch.inf)
+            best = int(both.argmax())
+            if both[best] > LEAST_SHARED_GAIN:
                 self.shared.append(candidates[best])
                 accepted = True
             if not accepted:
@@ -410,7 +422,8 @@ class WordSearch:
             refused |= self.drop_refuted()
             # Words that are far from telling are not tried again.
             promising = torch.stack([*(torch.minimum(gains[:, s], -gains[:, 1 - s]) for s in (0, 1)), both])
-            kept = set(promising.topk(min(4, len(candidates))).indices.flatten().tolist())
+            best = promising.topk(min(NUM_PROMISING, len(candidates)))
+            kept = set(best.indices[best.values.isfinite()].tolist())
             kept |= {i for score in scores for i in score.isfinite().nonzero().flatten().tolist()}
             candidates = [word for i, word in enumerate(candidates) if i in kept]
 
@@ -1323,7 +1336,7 @@ class _Settings:
     objective: Optional[str]
     init: str
     projection: str
-    num_samples_per_step: int
+    num_samples_per_step: Optional[int]
     complete_prompts: bool
 
     def for_start(self, from_words: bool) -> "_Settings":
@@ -1762,7 +1775,8 @@ class DifferenceInversionPipeline(
         check_number("num_tokens", settings.num_tokens, 1, self._room(), whole=True, meaning=room)
         if settings.num_optimization_steps is not None:
             check_number("num_optimization_steps", settings.num_optimization_steps, 0, whole=True)
-        check_number("num_samples_per_step", settings.num_samples_per_step, 1, whole=True)
+        if settings.num_samples_per_step is not None:
+            check_number("num_samples_per_step", settings.num_samples_per_step, 1, whole=True)
         check_number("alpha", settings.alpha, 0, 1, meaning="from the images' delta to the captions'")
         for name in ("lambda_clip", "lambda_tc", "lambda_before", "lambda_contrast"):
             check_number(name, getattr(settings, name), 0)
@@ -2473,7 +2487,7 @@ class DifferenceInversionPipeline(
         objective: Optional[str] = None,
         init: str = "words",
         projection: str = "soft",
-        num_samples_per_step: int = 4,
+        num_samples_per_step: Optional[int] = None,
         complete_prompts: bool = True,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
@@ -2522,7 +2536,8 @@ class DifferenceInversionPipeline(
             projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
                 pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
                 words there are no more of them than it found. They can hardly say that something has gone.
-            num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss.
+            num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss. By
+                default 2 for tokens that begin as words, and 4 for others.
             complete_prompts: for tokens that do not begin as words, add words to the prompts of A and of A' for what they
                 leave unsaid, as [`__call__`] does for a query; else the tokens would have to say it. It needs a CLIP, and is
                 left out without one. Ours, in place of the paper's PEZ prompts.
@@ -3472,7 +3487,7 @@ class DifferenceInversionPipeline(
         objective: Optional[str] = None,
         init: str = "words",
         projection: str = "soft",
-        num_samples_per_step: int = 4,
+        num_samples_per_step: Optional[int] = None,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
         inversion: Optional[str] = "ddpm",
