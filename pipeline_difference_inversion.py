@@ -39,7 +39,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 from itertools import islice, pairwise
 from pathlib import Path
@@ -133,7 +133,6 @@ FUNCTION_WORDS = frozenset(
 )
 # How far out random tokens begin, in standard deviations of the vocabulary. See RESULTS.md.
 RANDOM_INIT_SCALE = 1.0
-PROMPT_ARGUMENTS = ("images", "height", "width", "generator")  # of what writes prompts, which a call has of its own
 QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
 # Words are nearly there: steps that take random rows to their place in time lead words away from theirs.
 FROM_WORDS = {
@@ -1163,6 +1162,19 @@ def flatten_mask(mask: Any) -> Any:
     return mask[None, None]
 
 
+def as_pictures(images: Any, name: str) -> list:
+    """One image or several, of any kind, or None, as a list of what `flatten_image` makes of each.
+
+    Raises:
+        ValueError: if it is an empty list, or an image of a shape that pictures do not have.
+        TypeError: if something in it is no image.
+    """
+    pictures = [] if images is None else [flatten_image(image, name) for image in as_list(images)]
+    if images is not None and not pictures:
+        raise ValueError(f"`{name}` is an empty list; give at least one image.")
+    return pictures
+
+
 def image_size(image: Any) -> tuple[int, int]:
     """Height and width of what `flatten_image` gives."""
     if isinstance(image, Image.Image):
@@ -1278,14 +1290,30 @@ class _Way:
     degree: float
 
 
-@dataclass
-class _Example:
-    """One before/after pair, ready for the UNet: latents (1, 4, h, w) and prompts."""
+@dataclass(frozen=True)
+class Pair:
+    """Pictures before and after a change, as `as_pictures` gives them, with their prompts and, once they are encoded, their
+    latents (1, channels, height / factor, width / factor)."""
 
-    before_latents: torch.Tensor
-    after_latents: torch.Tensor
+    before: Any
+    after: Any
     before_prompt: str
     after_prompt: str
+    before_latents: Optional[torch.Tensor] = None
+    after_latents: Optional[torch.Tensor] = None
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        return self.before_prompt, self.after_prompt
+
+    @property
+    def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.before_latents, self.after_latents
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """How much each place counts where the two are compared, (1, 1, height / factor, width / factor)."""
+        return change_weights(*self.latents)
 
 
 @dataclass
@@ -1321,25 +1349,84 @@ class _Start:
     noises: Optional[torch.Tensor] = None
 
 
-@dataclass
-class _Settings:
-    """How tokens are learned: the arguments of [`~DifferenceInversionPipeline.invert_difference`] of these names."""
+@dataclass(frozen=True, kw_only=True)
+class LearningConfig:
+    """How difference tokens are learned. What is None depends on where they begin: see `FROM_WORDS` and `FROM_ROWS`.
 
-    num_tokens: int
-    num_optimization_steps: Optional[int]
-    learning_rate: Optional[float]
-    alpha: float
-    lambda_clip: float
-    lambda_tc: float
-    lambda_before: float
-    lambda_contrast: float
-    objective: Optional[str]
-    init: str
-    projection: str
-    num_samples_per_step: Optional[int]
-    complete_prompts: bool
+    Args:
+        num_tokens (`int`, *optional*, defaults to 4): rows to learn, 1 to the text encoder's window less two. Tokens that
+            begin as words are no more than the words that were found, and no more than this.
+        num_optimization_steps (`int`, *optional*): optimizer steps; 0 learns nothing, and the tokens are what they begin
+            as. By default 8 for tokens that begin as words, and 60 for others.
+        learning_rate (`float`, *optional*): Adam's, at its highest; a cosine takes it to zero. By default 0.003 for tokens
+            that begin as words, and 0.02 for others.
+        alpha (`float`, *optional*, defaults to 0): 0 trusts the images' delta, 1 the captions' (equation 5). The paper has
+            0.8, which was no better here.
+        lambda_clip (`float`, *optional*, defaults to 0.5): weight of the CLIP loss (equation 10). At 0 no CLIP is needed.
+            The paper has 0.01, at which the CLIP loss hardly acted here.
+        lambda_tc (`float`, *optional*, defaults to 6): weight of the token consistency loss (equation 10), or of the
+            contrast in its place.
+        lambda_before (`float`, *optional*, defaults to 0): weight in token consistency of the way back, by the negated
+            tokens from A' to A (equation 8). The paper has 1; at 0 a step needs half the UNet's work.
+        lambda_contrast (`float`, *optional*, defaults to 1): with `objective="contrast"`, how much it costs that the tokens
+            help A as well. At 1, what A and A' share earns nothing. Ours, not the paper's.
+        objective (`str`, *optional*): what the tokens are learned by. `"contrast"`, ours and the default for tokens that
+            begin as words: under the prompt that A and A' share, they must help A' and not A, where the two differ.
+            `"consistency"`, the paper's equations 7 to 9 and the default for others: under A's prompt they must help A'.
+            That also pays for whatever the prompt leaves out, so see `complete_prompts`.
+        init (`str`, *optional*, defaults to `"words"`): where the tokens begin. `"words"`, ours: as the words of which the
+            UNet says that they hold for A' and not for A. The prompts propose words, and so does CLIP, if there is one,
+            from its whole vocabulary; a word that only one caption happens to say is refused. What was lost is kept in the
+            metadata, as `lost_phrases`. Where no word is found, rows are random. `"random"`: spread as the vocabulary's
+            rows are. `"zeros"`: the paper's, section 4.4, which worked less well here.
+        projection (`str`, *optional*, defaults to `"soft"`): `"soft"` tokens may be any rows; `"hard"` ones are whole words
+            of the vocabulary at every forward pass, so that `difference.to_text(pipe.tokenizer)` is the difference as
+            plain text. Where `init` finds words there are no more of them than it found. They can hardly say that
+            something has gone.
+        num_samples_per_step (`int`, *optional*): noises and time steps drawn at each optimizer step, for each direction of
+            the loss. By default 2 for tokens that begin as words, and 4 for others.
+        complete_prompts (`bool`, *optional*, defaults to `True`): for tokens that do not begin as words, add words to the
+            prompts of A and of A' for what they leave unsaid, as a call of the pipeline does for a query; else the tokens
+            would have to say it. It needs a CLIP, and is left out without one. Ours, in place of the paper's PEZ prompts.
 
-    def for_start(self, from_words: bool) -> "_Settings":
+    Raises:
+        ValueError: for a value out of its range, by name.
+    """
+
+    num_tokens: int = 4
+    num_optimization_steps: Optional[int] = None
+    learning_rate: Optional[float] = None
+    alpha: float = 0.0
+    lambda_clip: float = 0.5
+    lambda_tc: float = 6.0
+    lambda_before: float = 0.0
+    lambda_contrast: float = 1.0
+    objective: Optional[str] = None
+    init: str = "words"
+    projection: str = "soft"
+    num_samples_per_step: Optional[int] = None
+    complete_prompts: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("num_tokens", self.num_tokens, 1, whole=True)
+        if self.num_optimization_steps is not None:
+            check_number("num_optimization_steps", self.num_optimization_steps, 0, whole=True)
+        if self.num_samples_per_step is not None:
+            check_number("num_samples_per_step", self.num_samples_per_step, 1, whole=True)
+        check_number("alpha", self.alpha, 0, 1, meaning="from the images' delta to the captions'")
+        for name in ("lambda_clip", "lambda_tc", "lambda_before", "lambda_contrast"):
+            check_number(name, getattr(self, name), 0)
+        if self.lambda_clip + self.lambda_tc == 0:
+            raise ValueError(
+                "`lambda_clip` and `lambda_tc` are 0, and nothing would be learned; give one of them more."
+            )
+        if self.learning_rate is not None:
+            check_number("learning_rate", self.learning_rate, above=0)
+        check_choice("objective", self.objective, "contrast", "consistency", None)
+        check_choice("init", self.init, "words", "random", "zeros")
+        check_choice("projection", self.projection, "soft", "hard")
+
+    def for_start(self, from_words: bool) -> "LearningConfig":
         """With what was left to where tokens begin."""
         defaults = FROM_WORDS if from_words else FROM_ROWS
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
@@ -1350,9 +1437,9 @@ class _Goal:
     """What the tokens are learned for (equation 10): pairs, the delta (dim,) of each CLIP if they count, and the weights;
     and, if they are to be words, those that they may be."""
 
-    examples: list[_Example]
+    pairs: list[Pair]
     deltas: list[torch.Tensor]
-    settings: _Settings
+    config: LearningConfig
     vocabulary: Optional[Vocabulary] = None
 
 
@@ -1736,59 +1823,38 @@ class DifferenceInversionPipeline(
 
     def check_learning_inputs(
         self,
-        before,
-        after,
-        before_prompt,
-        after_prompt,
-        prompt_method: str,
-        prompt_kwargs: Optional[dict],
-        settings: _Settings,
+        befores: list,
+        afters: list,
+        config: LearningConfig,
+        *,
+        before_prompt=None,
+        after_prompt=None,
         height: Optional[int] = None,
         width: Optional[int] = None,
     ) -> None:
-        """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use."""
+        """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use.
+
+        `befores` and `afters` are what `as_pictures` gives.
+        """
         self._check_model()
         check_gradients("before", "and `after` are to be learned from by gradients")
-        if before is None or after is None:
-            missing = "before" if before is None else "after"
+        if not befores or not afters:
+            missing = "after" if befores else "before"
             raise ValueError(
                 f"`{missing}` is missing: a difference is learned from a pair of images, `before` and "
                 "`after`. To apply a learned one, give `difference`."
             )
-        befores, afters = as_list(before), as_list(after)
-        if not befores and not afters:
-            raise ValueError("`before` and `after` are empty lists; give at least one pair.")
         if len(befores) != len(afters):
             raise ValueError(f"`before` has {len(befores)} images and `after` has {len(afters)}; give pairs.")
         for name, images in (("before", befores), ("after", afters)):
             for image in images:
                 self._common_size([image], name, height, width)
-        self._check_prompt_method(prompt_method, prompt_kwargs)
-        self._check_prompts("before_prompt", before_prompt, len(befores), prompt_method)
-        self._check_prompts("after_prompt", after_prompt, len(afters), prompt_method)
-        self._check_settings(settings)
-        if settings.lambda_clip > 0:
-            self._check_clip("learn with `lambda_clip=0`")
-
-    def _check_settings(self, settings: _Settings) -> None:
+        self._check_prompts("before_prompt", before_prompt, len(befores))
+        self._check_prompts("after_prompt", after_prompt, len(afters))
         room = "the text encoder's window has room for no more"
-        check_number("num_tokens", settings.num_tokens, 1, self._room(), whole=True, meaning=room)
-        if settings.num_optimization_steps is not None:
-            check_number("num_optimization_steps", settings.num_optimization_steps, 0, whole=True)
-        if settings.num_samples_per_step is not None:
-            check_number("num_samples_per_step", settings.num_samples_per_step, 1, whole=True)
-        check_number("alpha", settings.alpha, 0, 1, meaning="from the images' delta to the captions'")
-        for name in ("lambda_clip", "lambda_tc", "lambda_before", "lambda_contrast"):
-            check_number(name, getattr(settings, name), 0)
-        if settings.lambda_clip + settings.lambda_tc == 0:
-            raise ValueError(
-                "`lambda_clip` and `lambda_tc` are 0, and nothing would be learned; give one of them more."
-            )
-        if settings.learning_rate is not None:
-            check_number("learning_rate", settings.learning_rate, above=0)
-        check_choice("objective", settings.objective, "contrast", "consistency", None)
-        check_choice("init", settings.init, "words", "random", "zeros")
-        check_choice("projection", settings.projection, "soft", "hard")
+        check_number("num_tokens", config.num_tokens, 1, self._room(), whole=True, meaning=room)
+        if config.lambda_clip > 0:
+            self._check_clip("learn with `lambda_clip=0`")
 
     def _check_clip(self, way_out: str) -> None:
         encoders = self._encoders
@@ -1816,16 +1882,6 @@ class DifferenceInversionPipeline(
                     f"{tuple(encoder.table.shape)} that are not the same: it is another CLIP. To match, {remedy}."
                 )
 
-    def _check_prompt_method(self, method: str, options: Optional[dict]) -> None:
-        check_choice("prompt_method", method, "caption", "pez")
-        write = self.hard_prompts if method == "pez" else self.caption
-        known = [name for name in inspect.signature(write).parameters if name not in PROMPT_ARGUMENTS]
-        unknown = [name for name in options or {} if name not in known]
-        if unknown:
-            raise ValueError(f"`prompt_kwargs` has {unknown}; for `prompt_method={method!r}` known are {known}.")
-        if method == "pez":
-            self._check_hard_prompts(**options or {})
-
     def _check_hard_prompts(
         self, num_tokens=1, num_steps=1, learning_rate=1.0, tolerance=None, num_revisions=0
     ) -> None:
@@ -1840,11 +1896,8 @@ class DifferenceInversionPipeline(
         if self.captioner is None or self.captioner_processor is None:
             raise ValueError(f"{complaint} the pipeline with `captioner` and `captioner_processor`.")
 
-    def _check_prompts(self, name: str, prompts: Any, count: int, method: str = "caption") -> None:
-        if prompts is None and method == "pez":
-            self._check_clip(f"give `{name}`")
-            check_gradients(name, "is missing, and PEZ looks for it by gradients")
-        elif prompts is None:
+    def _check_prompts(self, name: str, prompts: Any, count: int) -> None:
+        if prompts is None:
             self._check_captioner(
                 f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load"
             )
@@ -1855,15 +1908,12 @@ class DifferenceInversionPipeline(
 
     def check_inputs(
         self,
-        image,
-        before,
-        after,
+        images: list,
+        *,
         prompt,
         source_prompt,
         negative_prompt,
-        difference,
-        difference_scale,
-        negative_difference,
+        mask_image,
         height,
         width,
         num_inference_steps,
@@ -1876,60 +1926,69 @@ class DifferenceInversionPipeline(
         latents,
         output_type,
         callback_on_step_end_tensor_inputs,
-        mask_image,
-        prompt_method,
-        prompt_kwargs,
     ) -> None:
-        """Raises `ValueError` or `TypeError`, naming the argument, for anything that applying could not use."""
+        """Raises `ValueError` or `TypeError`, naming the argument, for anything that drawing could not use.
+
+        `images` are what `as_pictures` gives; the rest are arguments of a call.
+        """
         self._check_model()
-        if image is None and prompt is None:
+        if not images and prompt is None:
             raise ValueError(
                 "`image` is missing: give the query image that the difference is applied to, or a `prompt` "
                 "alone for text to image."
             )
-        images = [] if image is None else as_list(image)
-        if image is not None and not images:
-            raise ValueError("`image` is an empty list; give at least one query image.")
         for item in images:
             self._common_size([item], "image", height, width)
         size = self._common_size(images, "image", height, width)
         if not images and not as_list(prompt):
             raise ValueError("`prompt` is an empty list; give at least one.")
         count = len(images) or len(as_list(prompt))
-        self._check_prompt_method(prompt_method, prompt_kwargs)
-        self._check_prompts("prompt", prompt, count, prompt_method)
+        self._check_prompts("prompt", prompt, count)
         for name, prompts in (("source_prompt", source_prompt), ("negative_prompt", negative_prompt)):
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
+        if source_prompt is not None and not images:
+            raise ValueError("`source_prompt` describes a query image, and `image` is missing.")
         most_steps = self.scheduler.config.num_train_timesteps - 1
         check_number("num_inference_steps", num_inference_steps, 1, most_steps, whole=True)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
         check_number("strength", strength, most=1, above=0)
-        for scale in difference_scale if isinstance(difference_scale, (list, tuple)) else [difference_scale]:
-            check_number("difference_scale", scale)
         if guidance_scale is not None:
             check_number("guidance_scale", guidance_scale)
         if eta is not None:
             check_number("eta", eta, 0, 1, meaning="from DDIM to DDPM")
         check_choice("output_type", output_type, "pil", "np", "pt", "latent")
         check_choice("inversion", inversion, "ddpm", "ddim", "sdedit", None)
-        if source_prompt is not None and image is None:
-            raise ValueError("`source_prompt` describes a query image, and `image` is missing.")
-        if eta is not None and eta < LEAST_DDPM_ETA and inversion == "ddpm" and image is not None:
+        if eta is not None and eta < LEAST_DDPM_ETA and inversion == "ddpm" and images:
             raise ValueError(
                 f'`eta` is {eta}, and the query is held by the noises of `inversion="ddpm"`; give at least '
                 f'{LEAST_DDPM_ETA}, or `inversion="ddim"`.'
             )
-        batch_size = count * num_images_per_prompt
-        self._check_noise(generator, latents, batch_size, size, inverted=inversion is not None and image is not None)
+        inverted = inversion is not None and bool(images)
+        self._check_noise(generator, latents, count * num_images_per_prompt, size, inverted)
         known = self._callback_tensor_inputs
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in known]
         if unknown:
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; known are {known}.")
         if mask_image is not None:
             self._check_mask(mask_image, images, inversion)
-        learns = before is not None or after is not None
-        by_words_alone = image is not None and prompt is not None and source_prompt is not None
+
+    @staticmethod
+    def _split_learning_kwargs(given: dict[str, Any]) -> tuple[dict[str, Any], LearningConfig]:
+        """A call's `learning_kwargs` as what [`invert_difference`] has itself, and the rest as a config, which is checked."""
+        own = ("callback_on_optimization_step", "checkpoint", "checkpointing_steps")
+        settings = [field.name for field in fields(LearningConfig)]
+        unknown = [name for name in given if name not in (*own, *settings)]
+        if unknown:
+            raise ValueError(f"`learning_kwargs` has {unknown}; known are {[*settings, *own]}.")
+        config = LearningConfig(**{name: value for name, value in given.items() if name in settings})
+        return {name: value for name, value in given.items() if name in own}, config
+
+    @staticmethod
+    def _check_what_to_apply(
+        difference, difference_scale, negative_difference, learns: bool, by_words_alone: bool
+    ) -> None:
+        """Raises `ValueError` unless there is one thing to apply, and one scale for each of several."""
         if difference is None and negative_difference is None and not learns and not by_words_alone:
             raise ValueError(
                 "`difference` is missing: give difference tokens or a difference file, or a pair of images "
@@ -1937,8 +1996,11 @@ class DifferenceInversionPipeline(
             )
         if difference is not None and learns:
             raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
+        several = isinstance(difference_scale, (list, tuple))
+        for scale in difference_scale if several else [difference_scale]:
+            check_number("difference_scale", scale)
         count = len(difference) if isinstance(difference, (list, tuple)) else 1
-        if isinstance(difference_scale, (list, tuple)) and len(difference_scale) != count:
+        if several and len(difference_scale) != count:
             raise ValueError(f"`difference_scale` has {len(difference_scale)} scales for {count} differences.")
 
     def _check_noise(self, generator, latents, batch_size: int, size: tuple[int, int], inverted: bool) -> None:
@@ -2050,15 +2112,10 @@ class DifferenceInversionPipeline(
 
     # -------------------------------------------------------------------------------------------------- prompts
 
-    def _write_prompts(
-        self, method: str, options: Optional[dict], height, width, generator, *groups: tuple[list, Any]
-    ) -> list[list[str]]:
-        """The prompts of groups of images, one each: those that are given, or written for all the others at once."""
-        write = self.caption
-        if method == "pez":
-            write = partial(self.hard_prompts, height=height, width=width, generator=generator)
+    def _write_prompts(self, *groups: tuple[list, Any]) -> list[list[str]]:
+        """The prompts of groups of images, one each: those that are given, and captions of all the others at once."""
         pictures = [image for images, prompts in groups if prompts is None for image in images]
-        written = iter(write(pictures, **options or {}) if pictures else [])
+        written = iter(self.caption(pictures) if pictures else [])
         return [
             list(islice(written, len(images))) if prompts is None else self._repeated(prompts, len(images) or 1)
             for images, prompts in groups
@@ -2101,7 +2158,7 @@ class DifferenceInversionPipeline(
             max_new_tokens: the most tokens of an answer.
         """
         self._check_captioner()
-        pictures = [self._to_pil(image, "images") for image in as_list(images)]
+        pictures = [self._to_pil(image) for image in as_pictures(images, "images")]
         processor = self.captioner_processor
         with frozen(self.captioner):
             if not getattr(processor, "chat_template", None):
@@ -2160,7 +2217,7 @@ class DifferenceInversionPipeline(
         self._check_hard_prompts(num_tokens, num_steps, learning_rate, tolerance, num_revisions)
         encoder = self._encoders_with_clip()[0]
         generator = first_of(generator)
-        images = as_list(images)
+        images = as_pictures(images, "images")
         sizes = [self._common_size([image], "images", height, width) for image in images]
         check_gradients("images", "are to be described by words that PEZ finds by gradients")
         with frozen(encoder.clip, self.vae, self.unet, self.text_encoder, self.text_encoder_2):
@@ -2243,8 +2300,7 @@ class DifferenceInversionPipeline(
             lowest, ids = error, best
         return ids
 
-    def _to_pil(self, image: Any, name: str) -> Image.Image:
-        image = flatten_image(image, name)
+    def _to_pil(self, image: Any) -> Image.Image:
         if isinstance(image, Image.Image):
             return image
         return self.image_processor.postprocess(self.image_processor.preprocess(image), output_type="pil")[0]
@@ -2338,7 +2394,7 @@ class DifferenceInversionPipeline(
         for side, value in (("height", height), ("width", width)):
             if value is not None:
                 check_number(side, value, factor, whole=True)
-        own = image_size(flatten_image(images[0], name)) if images else self._native_size(height, width)
+        own = image_size(images[0]) if images else self._native_size(height, width)
         size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
         if min(size) < factor:
             raise ValueError(
@@ -2364,11 +2420,11 @@ class DifferenceInversionPipeline(
     def _encode_images(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
         """Latents (batch, channels, height / factor, width / factor) of images of any size, resized where need be."""
         for image in images:
-            own = image_size(flatten_image(image, name))
+            own = image_size(image)
             if own != size:
                 logger.warning("`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *own, *size)
         with self._precise_vae():
-            pixels = self._pixels(images, name, size).to(self._execution_device, self.vae.dtype)
+            pixels = self._pixels(images, size).to(self._execution_device, self.vae.dtype)
             latents = retrieve_latents(self.vae.encode(pixels), sample_mode="argmax")  # a small VAE's have no spread
         mean, scale = self._latents_statistics(latents)
         return ((latents - mean) * scale).to(self.vae.dtype)
@@ -2384,9 +2440,9 @@ class DifferenceInversionPipeline(
             values.append(neutral if given is None else torch.tensor(given).view(1, -1, 1, 1).to(latents))
         return values[0], config.scaling_factor / values[1]
 
-    def _pixels(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
-        """Images of any kind and size as pixels (batch, 3, height, width), -1 to 1."""
-        return torch.cat([self.image_processor.preprocess(flatten_image(image, name), *size) for image in images])
+    def _pixels(self, images: list, size: tuple[int, int]) -> torch.Tensor:
+        """Images of any size as pixels (batch, 3, height, width), -1 to 1."""
+        return torch.cat([self.image_processor.preprocess(image, *size) for image in images])
 
     @contextmanager
     def _precise_vae(self) -> Iterator[None]:
@@ -2403,16 +2459,12 @@ class DifferenceInversionPipeline(
 
     # ---------------------------------------------------------------------------------------------------- delta
 
-    def _clip_deltas(self, examples: list[_Example], befores: list, afters: list, alpha: float) -> list[torch.Tensor]:
+    def _clip_deltas(self, pairs: list[Pair], alpha: float) -> list[torch.Tensor]:
         """Each CLIP's interpolated delta (dim,) of the pairs, their mean if they are several; equations 2 to 5."""
-        deltas = []
+        deltas, prompts = [], list(zip(*(pair.prompts for pair in pairs), strict=True))
         for encoder in self._encoders_with_clip():
-            image_delta = self._image_delta(encoder.clip, befores, afters)
-            before, after = (
-                self._clip_text_features(encoder, [getattr(e, name) for e in examples])
-                for name in ("before_prompt", "after_prompt")
-            )
-            deltas.append(interpolated_delta(image_delta, (after - before).mean(0), alpha))
+            before, after = (self._clip_text_features(encoder, list(side)) for side in prompts)
+            deltas.append(interpolated_delta(self._image_delta(encoder.clip, pairs), (after - before).mean(0), alpha))
         if not any(delta.any() for delta in deltas):
             logger.warning(
                 "CLIP sees no difference between `before` and `after`; its loss will not guide the learning."
@@ -2422,14 +2474,15 @@ class DifferenceInversionPipeline(
     def _encoders_with_clip(self) -> list[_Encoder]:
         return [encoder for encoder in self._encoders if encoder.clip is not None]
 
-    def _image_delta(self, clip: CLIPModel, befores: list, afters: list) -> torch.Tensor:
+    def _image_delta(self, clip: CLIPModel, pairs: list[Pair]) -> torch.Tensor:
         """How CLIP's image embeddings (dim,) differ in the mean (equation 2)."""
-        return (self._clip_image_features(clip, afters) - self._clip_image_features(clip, befores)).mean(0)
+        before, after = ([getattr(pair, name) for pair in pairs] for name in ("before", "after"))
+        return (self._clip_image_features(clip, after) - self._clip_image_features(clip, before)).mean(0)
 
     def _clip_image_features(self, clip: CLIPModel, images: list) -> torch.Tensor:
         """CLIP's image embeddings (images, dim) at unit length."""
         self._make_room(clip)
-        pictures = [self._to_pil(image, "images") for image in images]
+        pictures = [self._to_pil(image) for image in images]
         pixel_values = self.clip_processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(self._execution_device, clip.dtype)
         return F.normalize(_features(clip.get_image_features(pixel_values=pixel_values)).float(), dim=-1)
@@ -2472,27 +2525,13 @@ class DifferenceInversionPipeline(
         after: Any,
         before_prompt: Optional[Union[str, list[str]]] = None,
         after_prompt: Optional[Union[str, list[str]]] = None,
-        prompt_method: str = "caption",
-        prompt_kwargs: Optional[dict[str, Any]] = None,
         height: Optional[int] = None,
         width: Optional[int] = None,
-        num_tokens: int = 4,
-        num_optimization_steps: Optional[int] = None,
-        learning_rate: Optional[float] = None,
-        alpha: float = 0.0,
-        lambda_clip: float = 0.5,
-        lambda_tc: float = 6.0,
-        lambda_before: float = 0.0,
-        lambda_contrast: float = 1.0,
-        objective: Optional[str] = None,
-        init: str = "words",
-        projection: str = "soft",
-        num_samples_per_step: Optional[int] = None,
-        complete_prompts: bool = True,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
         callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
         checkpoint: Union[str, os.PathLike, None] = None,
         checkpointing_steps: int = 10,
+        **config,
     ) -> DifferenceTokens:
         r"""
         Learns what changed from `before` to `after` (paper, section 4).
@@ -2504,49 +2543,16 @@ class DifferenceInversionPipeline(
         Args:
             before: the image before the change, or several; PIL images of any mode and size, arrays or tensors.
             after: the image after it, or as many.
-            before_prompt: describes `before`; one for each image.
+            before_prompt: describes `before`; one for each image. Left out, the captioner writes it.
             after_prompt: describes `after`, likewise.
-            prompt_method: how prompts that are left out are written: `"caption"` by the captioner, `"pez"` as the words
-                that CLIP finds nearest to each image (the paper's choice).
-            prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             height, width: to resize the images to, in pixels; the first image's own by default, in whole latents.
-            num_tokens: rows to learn, 1 to the text encoder's window less two. Tokens that begin as words are no more than
-                the words that were found, and no more than this.
-            num_optimization_steps: optimizer steps; 0 learns nothing, and the tokens are what they begin as. By default 8
-                for tokens that begin as words, and 60 for others.
-            learning_rate: Adam's, at its highest; a cosine takes it to zero. By default 0.003 for tokens that begin as
-                words, and 0.02 for others.
-            alpha: 0 trusts the images' delta, 1 the captions' (equation 5). The paper has 0.8, which was no better here.
-            lambda_clip: weight of the CLIP loss (equation 10). At 0 no CLIP is needed. The paper has 0.01, at which
-                the CLIP loss hardly acted here.
-            lambda_tc: weight of the token consistency loss (equation 10).
-            lambda_before: weight in that loss of the way back, by the negated tokens from A' to A (equation 8). The
-                paper has 1; at 0 a step needs half the UNet's work.
-            lambda_contrast: with `objective="contrast"`, how much it costs that the tokens help A as well. At 1, what A
-                and A' share earns nothing. Ours, not the paper's.
-            objective: what the tokens are learned by. `"contrast"`, ours and the default for tokens that begin as words:
-                under the prompt that A and A' share, they must help A' and not A, where the two differ.
-                `"consistency"`, the paper's equations 7 to 9 and the default for others: under A's prompt they must help
-                A'. That also pays for whatever the prompt leaves out, so see `complete_prompts`.
-            init: where the tokens begin. `"words"`, ours: as the words of which the UNet says that they hold for A' and not
-                for A. The prompts propose words, and so does CLIP, if there is one, from its whole vocabulary; a word that
-                only one caption happens to say is refused. What was lost is kept in the metadata, as `lost_phrases`.
-                Where no word is found, rows are random. `"random"`: spread as the vocabulary's rows are. `"zeros"`: the
-                paper's, section 4.4, which worked less well here.
-            projection: `"soft"` tokens may be any rows; `"hard"` ones are whole words of the vocabulary at every forward
-                pass, so that `difference.to_text(pipe.tokenizer)` is the difference as plain text. Where `init` finds
-                words there are no more of them than it found. They can hardly say that something has gone.
-            num_samples_per_step: noises and time steps drawn at each optimizer step, for each direction of the loss. By
-                default 2 for tokens that begin as words, and 4 for others.
-            complete_prompts: for tokens that do not begin as words, add words to the prompts of A and of A' for what they
-                leave unsaid, as [`__call__`] does for a query; else the tokens would have to say it. It needs a CLIP, and is
-                left out without one. Ours, in place of the paper's PEZ prompts.
             generator: makes learning repeatable.
             callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
                 `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
             checkpoint: a file in which to keep where learning stands. If it is there, learning goes on from it: with a
                 `generator`, to the same tokens bit for bit. It is written whole or not at all, and stays when learning ends.
             checkpointing_steps: optimizer steps from one time that it is written to the next, at least 1.
+            config: `num_tokens`, `init` and all else that [`LearningConfig`] has.
 
         Returns:
             The difference tokens that were best on a fixed set of noises and time steps, of those that they began as
@@ -2555,36 +2561,27 @@ class DifferenceInversionPipeline(
         Raises:
             ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
         """
-        settings = _Settings(
-            num_tokens=num_tokens,
-            num_optimization_steps=num_optimization_steps,
-            learning_rate=learning_rate,
-            alpha=alpha,
-            lambda_clip=lambda_clip,
-            lambda_tc=lambda_tc,
-            lambda_before=lambda_before,
-            lambda_contrast=lambda_contrast,
-            objective=objective,
-            init=init,
-            projection=projection,
-            num_samples_per_step=num_samples_per_step,
-            complete_prompts=complete_prompts,
-        )
-        self.check_learning_inputs(
-            before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
-        )
+        asked = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
+        config = LearningConfig(**config)
+        befores, afters = as_pictures(before, "before"), as_pictures(after, "after")
+        self.check_learning_inputs(befores, afters, config, **asked)
         self._check_generator(generator)
         check_number("checkpointing_steps", checkpointing_steps, 1, whole=True)
-        befores, afters = as_list(before), as_list(after)
-        size = self._common_size(befores, "before", height, width)
+        generator, size = first_of(generator), self._common_size(befores, "before", height, width)
         if checkpoint is not None:
-            asked = (before_prompt, after_prompt, prompt_method, prompt_kwargs, settings)
-            call = self._call_hash(befores, afters, size, asked, first_of(generator))
+            call = self._call_hash(befores, afters, size, (before_prompt, after_prompt, config), generator)
             checkpoint = _Checkpoint(Path(checkpoint), checkpointing_steps, call)
-        groups = ((befores, before_prompt), (afters, after_prompt))
-        prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
-        pairs = (befores, afters, *prompts)
-        return self._learn(*pairs, size, settings, generator, callback_on_optimization_step, checkpoint)
+        prompts = self._write_prompts((befores, before_prompt), (afters, after_prompt))
+        self._interrupt, self._stopped = False, False
+        with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
+            latents = (
+                self._encode_images(images, name, size).float().split(1)
+                for images, name in ((befores, "before"), (afters, "after"))
+            )
+            pairs = [Pair(*parts) for parts in zip(befores, afters, *prompts, *latents, strict=True)]
+            difference = self._learn(pairs, config, generator, callback_on_optimization_step, checkpoint)
+        self.maybe_free_model_hooks()
+        return difference
 
     def _call_hash(
         self, befores: list, afters: list, size: tuple[int, int], asked: tuple, generator: Optional[torch.Generator]
@@ -2592,94 +2589,80 @@ class DifferenceInversionPipeline(
         """What is learned from, by which model, and how, as a short hash."""
         seed = None if generator is None else generator.initial_seed()
         digest = hashlib.sha256(repr((asked, seed, self._base_model(), self._fingerprint())).encode())
-        for name, images in (("before", befores), ("after", afters)):
-            digest.update(self._pixels(images, name, size).float().cpu().numpy().tobytes())
+        for images in (befores, afters):
+            digest.update(self._pixels(images, size).float().cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def _learn(
         self,
-        befores: list,
-        afters: list,
-        before_prompts: list[str],
-        after_prompts: list[str],
-        size: tuple[int, int],
-        settings: _Settings,
-        generator,
+        pairs: list[Pair],
+        config: LearningConfig,
+        generator: Optional[torch.Generator],
         callback: Optional[Callable],
-        checkpoint: Optional[_Checkpoint] = None,
+        checkpoint: Optional[_Checkpoint],
     ) -> DifferenceTokens:
-        """Learns from pairs with their prompts, one each."""
-        generator = first_of(generator)
-        hard = settings.projection == "hard"
-        self._interrupt, self._stopped = False, False
-        with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
-            # 1. Latents of each pair
-            before_latents = self._encode_images(befores, "before", size).float().split(1)
-            after_latents = self._encode_images(afters, "after", size).float().split(1)
-            parts = zip(before_latents, after_latents, before_prompts, after_prompts, strict=True)
-            examples = [_Example(*part) for part in parts]
-            self._warn_of_long_prompts([*before_prompts, *after_prompts], settings.num_tokens)
-            # 2. What CLIP says has changed
-            deltas = self._clip_deltas(examples, befores, afters, settings.alpha) if settings.lambda_clip > 0 else []
-            # 3. The words that the pictures lost and gained, and the tokens to begin as
-            allowed = self._vocabulary_words() if hard else None
-            state = {} if checkpoint is None else checkpoint.state
-            lost, gained = state.get("words", ([], []))
-            alike = self._look_alike(examples)
-            if state:
-                logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["stand"]["step"])
-            elif alike:
+        """Learns from encoded pairs."""
+        first, hard = pairs[0], config.projection == "hard"
+        self._warn_of_long_prompts([prompt for pair in pairs for prompt in pair.prompts], config.num_tokens)
+        # 1. What CLIP says has changed
+        deltas = self._clip_deltas(pairs, config.alpha) if config.lambda_clip > 0 else []
+        # 2. The words that the pictures lost and gained
+        state, alike = {} if checkpoint is None else checkpoint.state, self._look_alike(pairs)
+        lost, gained = state.get("words", ([], []))
+        if state:
+            logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["stand"]["step"])
+        elif alike:
+            logger.warning(
+                "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
+            )
+        elif config.init == "words":
+            lost, gained = self._find_words(pairs, config.num_tokens, generator)
+        # 3. The tokens to begin as
+        allowed = self._vocabulary_words() if hard else None
+        words = self._word_rows(gained, config.num_tokens, allowed)
+        if len(words):  # random rows beside them would say what nobody meant
+            config = replace(config, num_tokens=len(words))
+        elif lost and not hard:  # to leave out what was lost is the whole change
+            config = replace(config, num_tokens=1, init="zeros")
+        from_words = len(words) > 0 or (bool(lost) and not hard)
+        config = config.for_start(from_words)
+        if state:
+            pairs = [replace(pair, **prompts) for pair, prompts in zip(pairs, state["prompts"], strict=True)]
+        elif config.complete_prompts and not (from_words or alike):
+            pairs = self._completed_pairs(pairs, config)
+        if checkpoint is not None:
+            prompts = [{name: getattr(pair, name) for name in ("before_prompt", "after_prompt")} for pair in pairs]
+            checkpoint.state |= {"words": (lost, gained), "prompts": prompts}
+        tokens = self._initial_tokens(config.num_tokens, config.init, words, generator)
+        # 4. The tokens that do it
+        vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
+        if alike:
+            tokens, loss = torch.zeros_like(tokens), 0.0
+        else:
+            goal = _Goal(pairs, deltas, config, vocabulary)
+            tokens, loss = self._optimize(tokens, goal, generator, callback, checkpoint)
+            if not (tokens.any() or lost):  # words that were lost are a change by themselves
                 logger.warning(
-                    "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
+                    "No tokens were better than zeros, and the difference will change nothing. Try a lower "
+                    "`learning_rate`, more steps, another `init`, or float32."
                 )
-            elif settings.init == "words":
-                lost, gained = self._find_words(examples, befores, afters, settings.num_tokens, generator)
-            words = self._word_rows(gained, settings.num_tokens, allowed)
-            if len(words):  # random rows beside them would say what nobody meant
-                settings = replace(settings, num_tokens=len(words))
-            elif lost and not hard:  # to leave out what was lost is the whole change
-                settings = replace(settings, num_tokens=1, init="zeros")
-            from_words = len(words) > 0 or (bool(lost) and not hard)
-            settings = settings.for_start(from_words)
-            if state:
-                examples = [replace(e, **prompts) for e, prompts in zip(examples, state["prompts"], strict=True)]
-            elif settings.complete_prompts and not (from_words or alike):
-                examples = self._completed_examples(examples, befores, afters, settings)
-            if checkpoint is not None:
-                sides = [dict(zip(("before_prompt", "after_prompt"), self._sides(e), strict=True)) for e in examples]
-                checkpoint.state |= {"words": (lost, gained), "prompts": sides}
-            vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
-            tokens = self._initial_tokens(settings.num_tokens, settings.init, words, generator)
-            goal = _Goal(examples, deltas, settings, vocabulary)
-            if alike:
-                tokens, loss = torch.zeros_like(tokens), 0.0
-            else:
-                tokens, loss = self._optimize(tokens, goal, generator, callback, checkpoint)
-                if not (tokens.any() or lost):  # words that were lost are a change by themselves
-                    logger.warning(
-                        "No tokens were better than zeros, and the difference will change nothing. Try a lower "
-                        "`learning_rate`, more steps, another `init`, or float32."
-                    )
-        self.maybe_free_model_hooks()
-        story = {
-            **vars(settings),
-            "steps": settings.num_optimization_steps,
-            "loss": f"{loss:.6g}",
-            "seed": "" if generator is None else generator.initial_seed(),
-            "before_prompt": before_prompts[0],
-            "after_prompt": after_prompts[0],
-            "lost_phrases": "\n".join(lost),
-            "gained_phrases": "\n".join(gained),
-        }
+        story = {**vars(config), "steps": config.num_optimization_steps, "loss": f"{loss:.6g}"}
         del story["num_optimization_steps"]
         if hard and not alike:
             tokens, nearest = vocabulary.project(tokens)
             story["token_ids"] = " ".join(map(str, allowed[nearest].tolist()))
+        story |= {
+            "seed": "" if generator is None else generator.initial_seed(),
+            "before_prompt": first.before_prompt,
+            "after_prompt": first.after_prompt,
+            "lost_phrases": "\n".join(lost),
+            "gained_phrases": "\n".join(gained),
+        }
         embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
         return DifferenceTokens(embeddings, self._metadata(story))
 
     def _find_words(
-        self, examples: list[_Example], befores: list, afters: list, most: int, generator: Optional[torch.Generator]
+        self, pairs: list[Pair], most: int, generator: Optional[torch.Generator]
     ) -> tuple[list[str], list[str]]:
         """Words that the pairs lost and gained, up to `most` of each: proposed by prompts and by CLIP, and chosen by the
         UNet.
@@ -2688,38 +2671,39 @@ class DifferenceInversionPipeline(
         """
         has_clip = bool(self._encoders_with_clip()) and self.clip_processor is not None
         choosing, verifying = (
-            self._evidence(examples, self._draw(examples[0].before_latents, n, generator, False, EVIDENCE_TIMESTEPS))
+            self._evidence(pairs, self._draw(pairs[0].before_latents, n, generator, False, EVIDENCE_TIMESTEPS))
             for n in (NUM_EVIDENCE_SAMPLES, NUM_VERIFICATION_SAMPLES)
         )
         search = WordSearch(choosing)
         if has_clip:
-            search.shared = self._shared_words(examples, befores, afters)
+            search.shared = self._shared_words(pairs)
         said = [
-            list(dict.fromkeys(word for e in examples for word in unshared_words(*self._sides(e)[::order])))
+            list(dict.fromkeys(word for pair in pairs for word in unshared_words(*pair.prompts[::order])))
             for order in (1, -1)
         ]
         proposed = [*said[0], *said[1]]
         if has_clip:
-            said, nearest = self._words_along_the_delta(said, befores, afters)
+            said, nearest = self._words_along_the_delta(said, pairs)
             proposed = [*said[0], *said[1], *nearest]
         search.run(proposed, may_be_shared=[*said[0], *said[1]], most=most)
         if any(search.found):
             search.verify(verifying)
-        search.order(self._sides(examples[0]))
+        search.order(pairs[0].prompts)
         return search.found
 
-    def _shared_words(self, examples: list[_Example], befores: list, afters: list) -> list[str]:
+    def _shared_words(self, pairs: list[Pair]) -> list[str]:
         """Words for what CLIP sees in all pictures, and their pairs' prompts do not share.
 
         A word is hard to judge alone, and captions may say little that both pictures show. CLIP needs no step of the UNet
         for this: word by word it picks what brings the description nearer to every picture.
         """
         encoder = self._encoders_with_clip()[0]
-        features = self._clip_image_features(encoder.clip, [*befores, *afters])  # [2 * pairs, dim]
-        prompts = [shared_prompt(*self._sides(e)) for e in examples]
+        images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
+        features = self._clip_image_features(encoder.clip, images)  # [2 * pairs, dim]
+        prompts = [shared_prompt(*pair.prompts) for pair in pairs]
         room = self._room() - MOST_SHARED_WORDS
         known = [self._read(self.tokenizer, prompt)[:room] for prompt in prompts]
-        pictures = features.unflatten(0, (2, len(examples)))
+        pictures = features.unflatten(0, (2, len(pairs)))
 
         def likeness(descriptions: list[list[int]]) -> torch.Tensor:
             """Cosines (descriptions, 2 * pairs) of pictures and descriptions that follow what their pair's prompts share."""
@@ -2745,20 +2729,14 @@ class DifferenceInversionPipeline(
             chosen.append(candidates.pop(best))
         return [_written(self.tokenizer, [index]) for index in chosen]
 
-    @staticmethod
-    def _sides(example: _Example) -> tuple[str, str]:
-        return example.before_prompt, example.after_prompt
-
-    def _words_along_the_delta(
-        self, said: list[list[str]], befores: list, afters: list
-    ) -> tuple[list[list[str]], list[str]]:
+    def _words_along_the_delta(self, said: list[list[str]], pairs: list[Pair]) -> tuple[list[list[str]], list[str]]:
         """Of the prompts' own words those that best fit the images' delta, and the vocabulary's nearest to it and to its
         opposite.
 
         CLIP is quick and shortsighted, so it only proposes words.
         """
         encoder = self._encoders_with_clip()[0]
-        delta = self._image_delta(encoder.clip, befores, afters)
+        delta = self._image_delta(encoder.clip, pairs)
 
         def likeness_of(word: str) -> float:
             return float(self._clip_text_features(encoder, [word])[0] @ delta)
@@ -2774,17 +2752,15 @@ class DifferenceInversionPipeline(
         nearest = torch.cat([words[(sign * likeness).topk(count).indices] for sign in (-1, 1)])
         return said, [_written(self.tokenizer, [index]) for index in nearest.tolist()]
 
-    def _evidence(self, examples: list[_Example], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
+    def _evidence(self, pairs: list[Pair], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
         """The `errors` of a [`WordSearch`] on these pairs, where they differ, on fixed noises and time steps."""
 
         def errors(phrases: list[str], picture: int) -> torch.Tensor:
             found = []
-            for example in examples:
-                latents = (example.before_latents, example.after_latents)[picture]
-                weights = change_weights(example.before_latents, example.after_latents)
-                context = shared_prompt(*self._sides(example))
+            for pair in pairs:
+                context = shared_prompt(*pair.prompts)
                 prompts = [f"{context} {phrase}".strip() for phrase in phrases]
-                found.append(self._prompt_errors(prompts, latents, draw, weights))
+                found.append(self._prompt_errors(prompts, pair.latents[picture], draw, pair.weights))
             return torch.cat(found, dim=1)
 
         return errors
@@ -2857,19 +2833,18 @@ class DifferenceInversionPipeline(
                 logger.info("The prompt %r is completed to %r.", prompt, longer)
         return completed
 
-    def _completed_examples(
-        self, examples: list[_Example], befores: list, afters: list, settings: _Settings
-    ) -> list[_Example]:
+    def _completed_pairs(self, pairs: list[Pair], config: LearningConfig) -> list[Pair]:
         """The pairs with completed prompts, so that tokens need not say what A and A' show besides the change."""
-        before_prompts, after_prompts = map(list, zip(*map(self._sides, examples), strict=True))
-        before_latents, after_latents = (
-            torch.cat([getattr(e, name) for e in examples]) for name in ("before_latents", "after_latents")
-        )
-        before_prompts = self._completed(before_prompts, befores, before_latents)
-        if settings.objective == "contrast" or settings.lambda_before > 0:  # else the prompts of A' are not used
-            after_prompts = self._completed(after_prompts, afters, after_latents)
-        prompts = zip(examples, before_prompts, after_prompts, strict=True)
-        return [replace(e, before_prompt=before, after_prompt=after) for e, before, after in prompts]
+        sides = ["before"]
+        if config.objective == "contrast" or config.lambda_before > 0:  # else the prompts of A' are not used
+            sides.append("after")
+        for side in sides:
+            prompts, images, latents = (
+                [getattr(pair, name) for pair in pairs] for name in (f"{side}_prompt", side, f"{side}_latents")
+            )
+            completed = self._completed(prompts, images, torch.cat(latents))
+            pairs = [replace(p, **{f"{side}_prompt": prompt}) for p, prompt in zip(pairs, completed, strict=True)]
+        return pairs
 
     def _unsaid_words(self, encoder: _Encoder, prompts: list[str], images: list) -> list[list[str]]:
         """The vocabulary's nearest to what CLIP sees in each image and its prompt does not say."""
@@ -2922,9 +2897,9 @@ class DifferenceInversionPipeline(
         return torch.tensor(words, dtype=torch.long, device=self._execution_device)
 
     @staticmethod
-    def _look_alike(examples: list[_Example]) -> bool:
+    def _look_alike(pairs: list[Pair]) -> bool:
         """Whether no pair has a change that could be seen: latents have a spread of about 1."""
-        changes = [(e.after_latents - e.before_latents).square().mean() for e in examples]
+        changes = [(pair.after_latents - pair.before_latents).square().mean() for pair in pairs]
         return max(map(float, changes)) < NO_CHANGE
 
     def _initial_tokens(
@@ -2950,17 +2925,17 @@ class DifferenceInversionPipeline(
 
         The loss of a step says more about the noises and time steps that it happened to draw than about the tokens.
         """
-        tokens, num_steps = tokens.requires_grad_(True), goal.settings.num_optimization_steps
-        optimizer, schedule = self._optimizer(tokens, goal.settings.learning_rate, max(1, num_steps))
+        tokens, num_steps = tokens.requires_grad_(True), goal.config.num_optimization_steps
+        optimizer, schedule = self._optimizer(tokens, goal.config.learning_rate, max(1, num_steps))
         stand = _Stand(tokens, optimizer, schedule, generator, [(float("inf"), tokens.detach().clone())])
-        judge_every = max(1, num_steps if goal.settings.objective == "contrast" else num_steps // 4)
+        judge_every = max(1, num_steps if goal.config.objective == "contrast" else num_steps // 4)
         # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
         half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
         scale, overflown = 1024.0 if half else 1.0, 0
         if checkpoint is not None and "stand" in checkpoint.state:
             stand.load_state_dict(checkpoint.state["stand"])
         else:
-            stand.probes = [self._probe(example, goal, generator) for example in goal.examples]
+            stand.probes = [self._probe(pair, goal, generator) for pair in goal.pairs]
         try:
             if len(stand.candidates) == 1:
                 self._judge(stand, goal)
@@ -2968,8 +2943,8 @@ class DifferenceInversionPipeline(
                     checkpoint.write(stand)
             progress_bar = self.progress_bar(range(stand.step, num_steps))
             for step in progress_bar:
-                example, draw = self._next_samples(stand, goal)
-                values = self._backward(tokens, example, draw, goal, scale)
+                pair, draw = self._next_samples(stand, goal)
+                values = self._backward(tokens, pair, draw, goal, scale)
                 if not math.isfinite(values["loss"]):
                     self._warn_of_infinity(step, num_steps)
                     break
@@ -3015,18 +2990,18 @@ class DifferenceInversionPipeline(
         """Puts the tokens as they are now among those that may be the best."""
         tokens = stand.tokens.detach().clone()
         losses = [
-            float(self._losses(tokens, example, probe, goal)["loss"])
-            for example, probe in zip(goal.examples, stand.probes, strict=True)
+            float(self._losses(tokens, pair, probe, goal)["loss"])
+            for pair, probe in zip(goal.pairs, stand.probes, strict=True)
         ]
         stand.candidates.append((sum(losses) / len(losses), tokens))
 
-    def _next_samples(self, stand: _Stand, goal: _Goal) -> tuple[_Example, _Draw]:
+    def _next_samples(self, stand: _Stand, goal: _Goal) -> tuple[Pair, _Draw]:
         """The pair whose turn it is, with the noises and time steps of this step."""
-        turn, which = divmod(stand.step, len(goal.examples))
-        example, probe, samples = goal.examples[which], stand.probes[which], goal.settings.num_samples_per_step
-        if goal.settings.objective == "contrast":  # of the fixed samples, whose references are known
-            return example, probe.part(self._turn(turn, samples, len(probe.timesteps)))
-        return example, self._draw(example.before_latents, samples, stand.generator)
+        turn, which = divmod(stand.step, len(goal.pairs))
+        pair, probe, samples = goal.pairs[which], stand.probes[which], goal.config.num_samples_per_step
+        if goal.config.objective == "contrast":  # of the fixed samples, whose references are known
+            return pair, probe.part(self._turn(turn, samples, len(probe.timesteps)))
+        return pair, self._draw(pair.before_latents, samples, stand.generator)
 
     def _warn_of_infinity(self, step: int, num_steps: int) -> None:
         cure = "Use bfloat16 or float32." if self.unet.dtype == torch.float16 else "Try a lower `learning_rate`."
@@ -3038,20 +3013,18 @@ class DifferenceInversionPipeline(
             cure,
         )
 
-    def _backward(
-        self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal, scale: float
-    ) -> dict[str, float]:
+    def _backward(self, tokens: torch.Tensor, pair: Pair, draw: _Draw, goal: _Goal, scale: float) -> dict[str, float]:
         """Leaves the gradient of equation 10, times `scale`, in `tokens.grad`; returns the loss and its parts.
 
         Samples go through the UNet a few at a time, which gives the same gradient in less memory.
         """
-        settings, total, values = goal.settings, len(draw.timesteps), {}
-        both_pictures = settings.objective == "contrast" or settings.lambda_before > 0
+        config, total, values = goal.config, len(draw.timesteps), {}
+        both_pictures = config.objective == "contrast" or config.lambda_before > 0
         several = max(1, MOST_LEARNED_AT_ONCE // (2 if both_pictures else 1))
         for indices in torch.arange(total, device="cpu").split(several):
             share = len(indices) / total
             with torch.enable_grad(), self._weights_kept():
-                losses = self._losses(tokens, example, draw.part(indices), goal)
+                losses = self._losses(tokens, pair, draw.part(indices), goal)
                 (losses["loss"] * share * scale).backward()
             for name, value in losses.items():
                 values[name] = values.get(name, 0.0) + share * float(value)
@@ -3063,46 +3036,45 @@ class DifferenceInversionPipeline(
         stride = max(1, total // samples)
         return (torch.arange(min(samples, total)) * stride + turn % stride) % total
 
-    def _probe(self, example: _Example, goal: _Goal, generator: Optional[torch.Generator]) -> _Draw:
+    def _probe(self, pair: Pair, goal: _Goal, generator: Optional[torch.Generator]) -> _Draw:
         """Fixed noises and time steps to judge tokens on, and for the contrast to learn them on."""
-        if goal.settings.objective != "contrast":
-            return self._draw(example.before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
-        draw = self._draw(example.before_latents, NUM_PROBE_SAMPLES, generator, False, CONTRAST_TIMESTEPS)
-        return replace(draw, references=self._contrast_errors(self._rows(None), example, draw))
+        if goal.config.objective != "contrast":
+            return self._draw(pair.before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
+        draw = self._draw(pair.before_latents, NUM_PROBE_SAMPLES, generator, False, CONTRAST_TIMESTEPS)
+        return replace(draw, references=self._contrast_errors(self._rows(None), pair, draw))
 
-    def _contrast_errors(self, tokens: torch.Tensor, example: _Example, draw: _Draw) -> torch.Tensor:
+    def _contrast_errors(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
         """The UNet's errors on A and on A' (2, samples), where they differ, under the same prompt and tokens."""
-        latents = torch.cat([example.before_latents, example.after_latents])
-        prompts = [shared_prompt(*self._sides(example))] * 2
-        prediction, target = self._predict(latents, prompts, tokens.expand(2, -1, -1), draw)
-        return weighted_errors(prediction, target, change_weights(example.before_latents, example.after_latents))
+        prompts = [shared_prompt(*pair.prompts)] * 2
+        prediction, target = self._predict(torch.cat(pair.latents), prompts, tokens.expand(2, -1, -1), draw)
+        return weighted_errors(prediction, target, pair.weights)
 
     def _optimizer(self, tokens: torch.Tensor, learning_rate: float, num_steps: int) -> tuple:
         """What takes the steps, and what lowers the learning rate from one to the next."""
         optimizer = torch.optim.Adam([tokens], lr=learning_rate)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
 
-    def _losses(self, tokens: torch.Tensor, example: _Example, draw: _Draw, goal: _Goal) -> dict[str, torch.Tensor]:
+    def _losses(self, tokens: torch.Tensor, pair: Pair, draw: _Draw, goal: _Goal) -> dict[str, torch.Tensor]:
         """Equation 10 and its two parts; a part of weight zero is not computed."""
         losses = {"loss": 0.0}
         if goal.vocabulary is not None:
             tokens, _ = goal.vocabulary.project(tokens)
-        weights = goal.settings
+        weights = goal.config
         if weights.lambda_clip > 0:
-            pairs = zip(self._token_features(tokens, example), goal.deltas, strict=True)
+            pairs = zip(self._token_features(tokens), goal.deltas, strict=True)
             losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pairs]).mean()
             losses["loss"] = losses["loss"] + weights.lambda_clip * losses["clip_loss"]
         if weights.lambda_tc > 0 and weights.objective == "contrast":
-            gains = 1 - self._contrast_errors(tokens, example, draw) / draw.references
+            gains = 1 - self._contrast_errors(tokens, pair, draw) / draw.references
             losses["contrast_loss"] = contrast_loss(gains[1], gains[0], weights.lambda_contrast)
             losses["loss"] = losses["loss"] + weights.lambda_tc * losses["contrast_loss"]
         elif weights.lambda_tc > 0:
-            loss = self._token_consistency_loss(tokens, example, draw, weights.lambda_before)
+            loss = self._token_consistency_loss(tokens, pair, draw, weights.lambda_before)
             losses["token_consistency_loss"] = loss
             losses["loss"] = losses["loss"] + weights.lambda_tc * losses["token_consistency_loss"]
         return losses
 
-    def _token_features(self, tokens: torch.Tensor, example: _Example) -> list[torch.Tensor]:
+    def _token_features(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What is to point where each CLIP's delta does, (dim,): its text embedding of the tokens alone (Figure 3)."""
         parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
         return [self._without_graph(self._clip_text_features, encoder, [""], part[None])[0] for encoder, part in parts]
@@ -3128,13 +3100,13 @@ class DifferenceInversionPipeline(
         return _Draw(noise, timesteps.long().clamp(max=num_train_timesteps - 1).to(device))
 
     def _token_consistency_loss(
-        self, tokens: torch.Tensor, example: _Example, draw: _Draw, lambda_before: float
+        self, tokens: torch.Tensor, pair: Pair, draw: _Draw, lambda_before: float
     ) -> torch.Tensor:
         """Equations 7 to 9. The prompts are crossed: A's with +D draws A', and that of A' with -D draws A."""
-        prompts, latents, rows = [example.before_prompt], example.after_latents, tokens[None]
+        prompts, latents, rows = [pair.before_prompt], pair.after_latents, tokens[None]
         if lambda_before > 0:
-            prompts = [*prompts, example.after_prompt]
-            latents = torch.cat([latents, example.before_latents])
+            prompts = [*prompts, pair.after_prompt]
+            latents = torch.cat([latents, pair.before_latents])
             rows = torch.cat([rows, -rows])
         return token_consistency_loss(*self._predict(latents, prompts, rows, draw), lambda_before)
 
@@ -3463,31 +3435,18 @@ class DifferenceInversionPipeline(
         after: Any = None,
         difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
         difference_scale: Union[float, list[float]] = 1.0,
+        learning_kwargs: Optional[dict[str, Any]] = None,
         replace_phrases: bool = True,
         complete_prompts: bool = True,
         prompt: Optional[Union[str, list[str]]] = None,
         source_prompt: Optional[Union[str, list[str]]] = None,
         before_prompt: Optional[Union[str, list[str]]] = None,
         after_prompt: Optional[Union[str, list[str]]] = None,
-        prompt_method: str = "caption",
-        prompt_kwargs: Optional[dict[str, Any]] = None,
         negative_prompt: Optional[Union[str, list[str]]] = None,
         negative_difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
         mask_image: Any = None,
         height: Optional[int] = None,
         width: Optional[int] = None,
-        num_tokens: int = 4,
-        num_optimization_steps: Optional[int] = None,
-        learning_rate: Optional[float] = None,
-        alpha: float = 0.0,
-        lambda_clip: float = 0.5,
-        lambda_tc: float = 6.0,
-        lambda_before: float = 0.0,
-        lambda_contrast: float = 1.0,
-        objective: Optional[str] = None,
-        init: str = "words",
-        projection: str = "soft",
-        num_samples_per_step: Optional[int] = None,
         num_inference_steps: int = 50,
         guidance_scale: Optional[float] = None,
         inversion: Optional[str] = "ddpm",
@@ -3498,7 +3457,6 @@ class DifferenceInversionPipeline(
         latents: Optional[torch.Tensor] = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_optimization_step: Optional[Callable[[DiffusionPipeline, int, dict], Any]] = None,
         callback_on_step_end: Optional[Callable[[DiffusionPipeline, int, int, dict], dict]] = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Union[DifferenceInversionPipelineOutput, tuple]:
@@ -3508,7 +3466,7 @@ class DifferenceInversionPipeline(
         Args:
             image: the query image B, or several; PIL images of any mode, arrays or tensors. Left out, `prompt` and the
                 difference make an image from noise.
-            before: A; see [`invert_difference`], which takes this and the other arguments of learning.
+            before: A; see [`invert_difference`], which learns from it.
             after: A'.
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
             difference_scale: how much of the difference, or of each: 0 gives the query back, 1 is the whole change, and
@@ -3516,19 +3474,19 @@ class DifferenceInversionPipeline(
                 the UNet predicts, as more than 1 does with one, at up to twice the cost.) Negative takes
                 the change back on an image that has it, by the words that the pair lost, which the difference remembers;
                 one without such words is negated (equation 8).
+            learning_kwargs: what else [`invert_difference`] is given: `num_tokens`, `init` and all that [`LearningConfig`] has,
+                and `checkpoint`, `checkpointing_steps` and `callback_on_optimization_step`.
             replace_phrases: leave out of the query's prompt the words that the pair lost, so that the tokens need not
                 contradict them, and describe the query as it is by them. Differences remember these words, as
                 `metadata["lost_phrases"]`.
             complete_prompts: add words to the query's prompt for what it leaves unsaid, so that this stays as it is: those
                 of CLIP's nearest with which the UNet draws the query better. It needs a CLIP, and is left out without
-                one, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts. While learning, see
-                [`invert_difference`].
-            prompt: describes the query, one for each image. Left out, it is written as `prompt_method` says.
+                one, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts. Learning does as this says, unless
+                `learning_kwargs` says otherwise.
+            prompt: describes the query, one for each image. Left out, the captioner writes it.
             source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
                 With both, no difference is needed: the query is redrawn by the words alone.
             before_prompt, after_prompt: describe `before` and `after`.
-            prompt_method: `"caption"` or `"pez"`; how prompts that are left out are written.
-            prompt_kwargs: for it; see [`caption`] and [`hard_prompts`].
             negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
                 the difference alone, or the empty prompt where there is no query image. Without effect at a
                 `guidance_scale` of 1.
@@ -3538,8 +3496,6 @@ class DifferenceInversionPipeline(
                 most of what the UNet sees.
             height, width: of the answer, in pixels, and of the pair that is learned from; by default their own, in
                 whole latents.
-            num_tokens, num_optimization_steps, learning_rate, alpha, lambda_clip, lambda_tc, lambda_before,
-                lambda_contrast, objective, init, projection, num_samples_per_step, callback_on_optimization_step: of learning; see [`invert_difference`].
             num_inference_steps: steps of inversion and of denoising.
             guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
                 says, and drawn with half the UNet's work; more exaggerates. By default 1 for a query image and 7.5
@@ -3571,53 +3527,37 @@ class DifferenceInversionPipeline(
         # 1. Check everything before any model runs
         if hasattr(callback_on_step_end, "tensor_inputs"):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        images, befores, afters = (
+            as_pictures(given, name) for name, given in (("image", image), ("before", before), ("after", after))
+        )
         self.check_inputs(
-            image,
-            before,
-            after,
-            prompt,
-            source_prompt,
-            negative_prompt,
-            difference,
-            difference_scale,
-            negative_difference,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            inversion,
-            strength,
-            eta,
-            num_images_per_prompt,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            mask_image,
-            prompt_method,
-            prompt_kwargs,
+            images,
+            prompt=prompt,
+            source_prompt=source_prompt,
+            negative_prompt=negative_prompt,
+            mask_image=mask_image,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            inversion=inversion,
+            strength=strength,
+            eta=eta,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        settings = _Settings(
-            num_tokens=num_tokens,
-            num_optimization_steps=num_optimization_steps,
-            learning_rate=learning_rate,
-            alpha=alpha,
-            lambda_clip=lambda_clip,
-            lambda_tc=lambda_tc,
-            lambda_before=lambda_before,
-            lambda_contrast=lambda_contrast,
-            objective=objective,
-            init=init,
-            projection=projection,
-            num_samples_per_step=num_samples_per_step,
-            complete_prompts=complete_prompts,
+        learns = bool(befores or afters)
+        by_words_alone = bool(images) and None not in (prompt, source_prompt)
+        self._check_what_to_apply(difference, difference_scale, negative_difference, learns, by_words_alone)
+        learning, config = self._split_learning_kwargs(
+            {"complete_prompts": complete_prompts} | (learning_kwargs or {})
         )
-        self._check_settings(settings)
-        learns = before is not None or after is not None
+        pair = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
         if learns:
-            self.check_learning_inputs(
-                before, after, before_prompt, after_prompt, prompt_method, prompt_kwargs, settings, height, width
-            )
+            self.check_learning_inputs(befores, afters, config, **pair)
         differences, negative_differences = [], []
         if difference is not None:
             differences = self._resolve_difference(difference, difference_scale)
@@ -3634,20 +3574,19 @@ class DifferenceInversionPipeline(
         if eta is None:
             eta = DDPM_ETA if inversion == "ddpm" else 0.0
 
-        # 2. Prompts that are not given, written all at once
-        images, befores, afters = ([] if given is None else as_list(given) for given in (image, before, after))
-        groups = ((images, prompt), (befores, before_prompt), (afters, after_prompt))
-        prompts, *pair_prompts = self._write_prompts(prompt_method, prompt_kwargs, height, width, generator, *groups)
-
-        # 3. Learn the difference, if it is not given
+        # 2. Learn the difference, if it is not given
         if learns:
-            pairs, pair_size = (befores, afters, *pair_prompts), self._common_size(befores, "before", height, width)
-            difference = self._learn(*pairs, pair_size, settings, generator, callback_on_optimization_step)
+            difference = self.invert_difference(
+                befores, afters, **pair, generator=generator, **learning, **vars(config)
+            )
             if self._stopped:
                 self.interrupted_difference = difference
                 raise KeyboardInterrupt("What was learned is `pipe.interrupted_difference`.")
             differences = self._resolve_difference(difference, difference_scale)
         self._interrupt = False
+
+        # 3. The queries' prompts, if they are not given
+        (prompts,) = self._write_prompts((images, prompt))
 
         # 4. Words for what the queries' prompts leave unsaid
         size = self._common_size(images, "image", height, width)
@@ -3676,7 +3615,7 @@ class DifferenceInversionPipeline(
         # 8. Pixels
         answers = latents
         if output_type != "latent":
-            own = None if mask is None else self._pixels(images, "image", size)
+            own = None if mask is None else self._pixels(images, size)
             answers = self._pictures(latents, mask, own, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

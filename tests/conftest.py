@@ -46,7 +46,11 @@ from transformers import (  # noqa: E402
     CLIPTokenizer,
 )
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens  # noqa: E402
+from pipeline_difference_inversion import (  # noqa: E402
+    DifferenceInversionPipeline,
+    DifferenceTokens,
+    LearningConfig,
+)
 
 
 WIDTH = 16  # of the text encoder, and so of a difference
@@ -207,6 +211,15 @@ def random_tokens(num_tokens: int = 2, width: int = WIDTH, seed: int = 5, scale:
 def rows_of(difference) -> torch.Tensor:
     (rows,) = difference.embeddings.values()
     return rows
+
+
+LEARNING = {*LearningConfig.__dataclass_fields__, "callback_on_optimization_step"}
+
+
+def analogy(pipe, **options):
+    """Learns a difference and applies it in one call; what is of learning may stand among the other arguments."""
+    learning = {name: options.pop(name) for name in LEARNING & options.keys()}
+    return pipe(**options, learning_kwargs=learning)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

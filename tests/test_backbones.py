@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from backbones import build_backbone
-from conftest import PIPELINE_FILE, forward_calls, logged, picture, seeded, watched
+from conftest import PIPELINE_FILE, analogy, forward_calls, logged, picture, seeded, watched
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -406,11 +406,11 @@ def test_from_pipe_leaves_a_model_of_two_types_as_it_is():
 
 def test_sdxls_encoders_and_its_unet_take_turns_on_the_device(xl, pair):
     learning = {**pair, "num_optimization_steps": 2}
-    expected = xl(**query(), **learning, generator=seeded())
+    expected = analogy(xl, **query(), **learning, generator=seeded())
     offloaded = build("sdxl")
     offloaded.enable_model_cpu_offload(device="cpu")
     with watched(offloaded) as history:
-        out = offloaded(**query(), **learning, generator=seeded())
+        out = analogy(offloaded, **query(), **learning, generator=seeded())
     both = {"text_encoder", "text_encoder_2"}
     assert both in history and all(present == both or len(present) <= 1 or present < both for present in history)
     for name, rows in expected.difference.embeddings.items():

@@ -16,6 +16,7 @@ import torch
 from analogies import BLENDS, Analogy, judge, random_analogy, random_wordless_analogy
 from baselines import load_instruct, picture_latents, visii_instruction
 from benchmark import (
+    CEILING,
     Answer,
     Score,
     comparison_table,
@@ -268,7 +269,7 @@ def asked(monkeypatch) -> dict:
     [
         ("silent", {"before_prompt": "", "after_prompt": ""}),
         ("reversed", {"difference_scale": -1}),
-        ("random-rows", {"init": "random"}),
+        ("random-rows", {"learning_kwargs": {"num_tokens": 2, "init": "random"}}),
     ],
 )
 def test_benchmark_gives_the_pipeline_what_the_setting_says(storybook, asked, setting, expected):
@@ -277,13 +278,13 @@ def test_benchmark_gives_the_pipeline_what_the_setting_says(storybook, asked, se
     own, task = methods(question, options), make_task(storybook, None, question)
     own["num_tokens=2, init=zeros"](task)
     assert asked["image"] == render(question.analogy.query) and asked["before"] == render(question.analogy.before)
-    expected = {"num_tokens": 2, "init": "zeros"} | question.prompts | expected
+    expected = {"learning_kwargs": {"num_tokens": 2, "init": "zeros"}} | question.prompts | expected
     assert {name: asked[name] for name in expected} == expected
     assert ("prompt" in asked) == (setting != "silent")
     own["oracle"](task)
     assert asked["prompt"] == describe(question.analogy.target) and asked["source_prompt"] == task.said["prompt"]
     assert task.said["prompt"] == question.prompts.get("prompt", storybook.caption([task.query])[0])
-    assert "init" not in asked and "difference_scale" not in asked
+    assert "learning_kwargs" not in asked and "difference_scale" not in asked
 
 
 def test_benchmarks_ceiling_is_learned_from_the_answer_itself(storybook, asked):
@@ -294,8 +295,7 @@ def test_benchmarks_ceiling_is_learned_from_the_answer_itself(storybook, asked):
     own["ceiling"](make_task(storybook, None, question))
     assert asked["image"] == asked["before"] == render(question.analogy.query)
     assert asked["after"] == render(question.analogy.target)
-    assert (asked["init"], asked["num_optimization_steps"], asked["strength"]) == ("random", 200, 0.8)
-    assert "num_tokens" not in asked
+    assert asked["learning_kwargs"] == CEILING and asked["strength"] == 0.8
 
 
 def test_benchmark_takes_a_configuration_that_learns_nothing():
@@ -457,8 +457,10 @@ def test_the_unet_finds_words_for_a_picture_that_clip_does_not_miss(storybook):
 def test_prompts_of_pez_take_what_was_gained_and_what_was_lost_from_the_pictures(storybook, kind, value, lost):
     before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
     pair = {"before": render(before), "after": render(dataclasses.replace(before, **{kind: value}))}
-    options = {"prompt_method": "pez", "prompt_kwargs": {"num_steps": 20}, "num_optimization_steps": 1}
-    difference = storybook.invert_difference(**pair, **options, generator=torch.Generator().manual_seed(0))
+    said = storybook.hard_prompts([*pair.values()], num_steps=20, generator=torch.Generator().manual_seed(0))
+    pair |= dict(zip(("before_prompt", "after_prompt"), said, strict=True))
+    options = {"num_optimization_steps": 1, "generator": torch.Generator().manual_seed(0)}
+    difference = storybook.invert_difference(**pair, **options)
     assert difference.metadata["lost_phrases"] == lost
     # The night's castle may pass for a cabin, which a prompt of PEZ's says.
     assert difference.metadata["gained_phrases"].splitlines()[0] == value
@@ -584,11 +586,10 @@ def test_what_a_short_prompt_leaves_unsaid_of_the_query_is_said_and_stays(storyb
 
 def test_a_change_is_learned_from_random_rows_under_loose_captions(storybook):
     """Nothing but learning says here what changed: 22.2 dB from the right answer, and 7.6 dB with nothing learned."""
-    pair = {"before": render(DAY), "after": render(NIGHT), "init": "random", "prompt": "a blue cabin on snow"}
+    pair = {"before": render(DAY), "after": render(NIGHT), "prompt": "a blue cabin on snow"}
     pair |= {"before_prompt": "a red castle", "after_prompt": "grass, painting"}
-    learned, begun = (
-        judge(answer_to(storybook, NIGHTFALL, **pair, **o), NIGHTFALL) for o in ({}, {"num_optimization_steps": 0})
-    )
+    ways = [{"init": "random"} | more for more in ({}, {"num_optimization_steps": 0})]
+    learned, begun = (judge(answer_to(storybook, NIGHTFALL, **pair, learning_kwargs=w), NIGHTFALL) for w in ways)
     assert learned.success and not begun.success
     assert learned.psnr > begun.psnr + 3
 

@@ -10,6 +10,7 @@ import torch
 from conftest import (
     STORYBOOK,
     WIDTH,
+    analogy,
     build_captioner,
     build_pipeline,
     forward_calls,
@@ -526,7 +527,8 @@ def test_ctrl_c_while_a_call_learns_ends_the_call_and_keeps_what_was_learned(pip
     diary = Diary(at=5, do=press_ctrl_c)
     draws = []
     with pytest.raises(KeyboardInterrupt, match="interrupted_difference"):
-        pipe(
+        analogy(
+            pipe,
             image=pair["before"],
             prompt="a cabin",
             **pair,

@@ -12,6 +12,7 @@ from conftest import (
     PIPELINE_FILE,
     SIDE,
     WIDTH,
+    analogy,
     build_captioner,
     build_clip,
     build_components,
@@ -339,7 +340,8 @@ def test_learning_and_applying_in_one_call_is_learning_and_then_applying(pipe, p
     learning = {"num_tokens": 3, "num_optimization_steps": 3}
     query = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": STEPS, "output_type": "np"}
     steps, generator = [], seeded()
-    at_once = pipe(
+    at_once = analogy(
+        pipe,
         **pair | learning | query,
         generator=seeded(),
         callback_on_optimization_step=lambda pipe, step, values: steps.append(step),
@@ -360,9 +362,9 @@ def test_interrupted_learning_still_gives_a_picture(pipe, pair):
         image=picture("blue"),
         prompt="a blue cabin",
         **pair,
+        learning_kwargs={"callback_on_optimization_step": interrupt},
         num_inference_steps=STEPS,
         strength=1.0,
-        callback_on_optimization_step=interrupt,
         callback_on_step_end=lambda pipe, step, t, tensors: steps.append(step) or tensors,
     )
     assert len(out.images) == 1
@@ -800,9 +802,10 @@ def test_a_unet_may_have_two_sides_or_none(pipe):
 @pytest.mark.parametrize(
     "bad, error, message",
     [
-        ({"num_tokens": -5}, ValueError, "`num_tokens`.*-5"),
-        ({"init": "nonsense"}, ValueError, "`init`.*'nonsense'"),
-        ({"alpha": float("nan")}, ValueError, "`alpha`.*nan"),
+        ({"learning_kwargs": {"num_tokens": -5}}, ValueError, "`num_tokens`.*-5"),
+        ({"learning_kwargs": {"init": "nonsense"}}, ValueError, "`init`.*'nonsense'"),
+        ({"learning_kwargs": {"alpha": float("nan")}}, ValueError, "`alpha`.*nan"),
+        ({"learning_kwargs": {"num_token": 4}}, ValueError, "`learning_kwargs`.*'num_token'.*'num_tokens'"),
         ({"generator": 3}, TypeError, "`generator`.*3"),
         ({"generator": [3]}, TypeError, "`generator`.*3"),
     ],
@@ -853,7 +856,9 @@ def test_a_negative_difference_without_guidance_is_said_to_do_nothing(pipe):
 
 
 def test_text_to_image_may_learn_its_difference_in_the_same_call(pipe, pair):
-    out = pipe(prompt="a blue cabin", **pair, num_optimization_steps=4, num_inference_steps=2, generator=seeded())
+    out = analogy(
+        pipe, prompt="a blue cabin", **pair, num_optimization_steps=4, num_inference_steps=2, generator=seeded()
+    )
     assert out.images[0].size == (SIDE, SIDE)
     assert rows_of(out.difference).any()
 
@@ -1282,10 +1287,8 @@ def test_learning_where_gradients_are_forbidden_is_refused_and_applying_is_not(p
         assert apply(pipe).isfinite().all()
 
 
-def test_applying_where_gradients_are_forbidden_is_refused_if_pez_needs_them(pipe):
+def test_hard_prompts_where_gradients_are_forbidden_are_refused(pipe):
     with torch.inference_mode(), forward_calls(*models_of(pipe)) as calls:
-        with pytest.raises(ValueError, match="`prompt`.*PEZ.*inference_mode"):
-            apply(pipe, prompt=None, prompt_method="pez")
         with pytest.raises(ValueError, match="`images`.*PEZ.*inference_mode"):
             pipe.hard_prompts([picture()])
         assert not calls
@@ -1301,7 +1304,7 @@ def test_a_unet_for_inpainting_is_refused_by_name(pipe, pair):
 def test_height_and_width_are_the_pairs_size_too(pipe, pair):
     options = {"image": picture("blue"), "prompt": "a", **pair, "num_optimization_steps": 1, "num_inference_steps": 1}
     with forward_calls(pipe.vae.encoder) as calls:
-        pipe(**options, height=24, width=16)
+        analogy(pipe, **options, height=24, width=16)
     assert sum(len(arguments[0]) for _, arguments, *_ in calls) >= 3  # before, after and the query
     assert {tuple(arguments[0].shape[-2:]) for _, arguments, *_ in calls} == {(24, 16)}
 
@@ -1311,7 +1314,7 @@ def test_what_cannot_be_learned_is_refused_by_a_call_too(pipe, pair, bad, error,
     options = {"image": picture("blue"), "prompt": "a blue cabin", "num_optimization_steps": 1}
     with forward_calls(*models_of(pipe)) as calls:
         with pytest.raises(error, match=message):
-            pipe(**options | pair | bad)
+            analogy(pipe, **options | pair | bad)
         assert not calls
 
 
@@ -1327,7 +1330,7 @@ def test_what_cannot_be_applied_is_refused_before_a_difference_is_learned_for_it
     options = {"image": picture("blue"), "prompt": "a blue cabin", "num_optimization_steps": 1}
     with forward_calls(*models_of(pipe)) as calls:
         with pytest.raises(error, match=message):
-            pipe(**options | pair | bad)
+            analogy(pipe, **options | pair | bad)
         assert not calls
 
 
@@ -1493,18 +1496,33 @@ def test_from_pipe_of_a_pipeline_whose_layers_are_offloaded_leaves_clip_its_weig
     assert not any(weight.is_meta for weight in own["clip"].parameters())
 
 
-@pytest.mark.parametrize("method", ["caption", "pez"])
+def asked_by_pez(pipe, pair: dict, query) -> dict:
+    """Arguments of a call whose three prompts are hard prompts."""
+    images = [query, pair["before"], pair["after"]]
+    prompts = pipe.hard_prompts(images, num_tokens=4, num_steps=2, generator=seeded())
+    names = ("prompt", "before_prompt", "after_prompt")
+    return {"before": images[1], "after": images[2], "image": query, **dict(zip(names, prompts, strict=True))}
+
+
+def asked_of_captioner(pipe, pair: dict, query) -> dict:
+    """Arguments of a call whose three prompts are left to the captioner."""
+    return {"before": pair["before"], "after": pair["after"], "image": query}
+
+
+PROMPTS = {"caption": asked_of_captioner, "pez": asked_by_pez}
+
+
+@pytest.mark.parametrize("method", PROMPTS)
 def test_offloaded_models_take_turns_on_the_device(pair, method):
     """Also the text encoder, CLIP and the UNet while learning goes backwards through them."""
     captioner, processor = build_captioner()
-    learning = {"before": pair["before"], "after": pair["after"], "num_optimization_steps": 2, "lambda_before": 1.0}
-    learning |= {"prompt_method": method, "prompt_kwargs": {"num_steps": 2} if method == "pez" else None}
-    query = {"image": picture("blue"), "num_inference_steps": STEPS}
+    options = {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": STEPS}
     plain, offloaded = (build_pipeline(captioner=captioner, captioner_processor=processor) for _ in range(2))
-    expected = plain(**learning, **query, generator=seeded())
+    ask = PROMPTS[method]
+    expected = analogy(plain, **ask(plain, pair, picture("blue")), **options, generator=seeded())
     offloaded.enable_model_cpu_offload(device="cpu")
     with watched(offloaded) as history:
-        out = offloaded(**learning, **query, generator=seeded())
+        out = analogy(offloaded, **ask(offloaded, pair, picture("blue")), **options, generator=seeded())
     assert set().union(*history) == {"vae", "text_encoder", "unet", "clip"} | (
         {"captioner"} if method == "caption" else set()
     )
@@ -1527,18 +1545,16 @@ def offload_layers(pipe) -> None:
                 each.execution_device = torch.device("cpu")
 
 
-@pytest.mark.parametrize("method", ["caption", "pez"])
+@pytest.mark.parametrize("method", ["given", "pez"])
 def test_layers_that_are_offloaded_one_by_one_learn_and_draw_the_same(pair, method, tmp_path):
-    if method == "pez":
-        pair = {name: pair[name] for name in ("before", "after")} | {"prompt_kwargs": {"num_steps": 2}}
-    options = {"image": picture("blue"), "prompt": "a", **pair, "prompt_method": method}
-    options |= {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    ask = {"pez": asked_by_pez, "given": lambda pipe, pair, query: {"image": query, "prompt": "a", **pair}}[method]
+    options = {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
     plain, offloaded = build_pipeline(), build_pipeline()
-    expected = plain(**options, generator=seeded())
+    expected = analogy(plain, **ask(plain, pair, picture("blue")), **options, generator=seeded())
     offload_layers(offloaded)
     offloaded.unet.conv_in.requires_grad_(False)
     wanted = {name: weight.requires_grad for name, weight in offloaded.unet.named_parameters()}
-    out = offloaded(**options, generator=seeded())
+    out = analogy(offloaded, **ask(offloaded, pair, picture("blue")), **options, generator=seeded())
     assert {name: weight.requires_grad for name, weight in offloaded.unet.named_parameters()} == wanted
     weights = [offloaded.unet.conv_in.weight, offloaded.text_encoder.get_input_embeddings().weight]
     assert all(weight.is_meta for weight in weights)
@@ -1581,20 +1597,18 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("method", ["caption", "pez"])
+@pytest.mark.parametrize("method", PROMPTS)
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
 def test_models_that_are_offloaded_by_groups_learn_and_draw_the_same(forgetful_groups, pair, method, groups):
     captioner, processor = build_captioner()
-    options = {name: pair[name] for name in ("before", "after")} | {"image": picture("blue"), "prompt_method": method}
-    options |= {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
-    if method == "pez":
-        options["prompt_kwargs"] = {"num_steps": 2, "num_tokens": 4}
+    options = {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
     plain, offloaded = (build_pipeline(captioner=captioner, captioner_processor=processor) for _ in range(2))
-    expected = plain(**options, generator=seeded())
+    ask = PROMPTS[method]
+    expected = analogy(plain, **ask(plain, pair, picture("blue")), **options, generator=seeded())
     forgetful_groups.add(offloaded.text_encoder.get_input_embeddings().weight)
     forgetful_groups.add(offloaded.clip.text_model.embeddings.token_embedding.weight)
     offloaded.enable_group_offload("cpu", torch.device("cpu"), **groups)
-    out = offloaded(**options, generator=seeded())
+    out = analogy(offloaded, **ask(offloaded, pair, picture("blue")), **options, generator=seeded())
     assert offloaded.unet.conv_in.weight.isnan().all()
     assert out.difference.metadata["before_prompt"] == expected.difference.metadata["before_prompt"]
     torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
@@ -1612,9 +1626,9 @@ SAVERS = {
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 def test_what_saves_memory_changes_neither_what_is_learned_nor_what_is_drawn(pipe, pair, save):
     options = {"image": picture("blue"), "prompt": "a", **pair, "num_optimization_steps": 2, "num_inference_steps": 2}
-    expected = pipe(**options, output_type="latent", generator=seeded())
+    expected = analogy(pipe, **options, output_type="latent", generator=seeded())
     save(pipe)
-    saved = pipe(**options, output_type="latent", generator=seeded())
+    saved = analogy(pipe, **options, output_type="latent", generator=seeded())
     torch.testing.assert_close(rows_of(saved.difference), rows_of(expected.difference), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(saved.images, expected.images, atol=1e-4, rtol=1e-4)
 
@@ -1638,14 +1652,14 @@ def test_a_small_vae_learns_and_draws(pair):
         scaling_factor=10.0,  # to the spread that latents have
     )
     pipe = build_pipeline(vae=vae)
-    out = pipe(image=picture("blue"), prompt="a", **pair, num_optimization_steps=1, num_inference_steps=2)
+    out = analogy(pipe, image=picture("blue"), prompt="a", **pair, num_optimization_steps=1, num_inference_steps=2)
     assert out.images[0].size == (SIDE, SIDE) and rows_of(out.difference).any()
 
 
 def test_a_vae_in_float32_beside_a_half_precision_unet_learns_and_draws(pipe, pair):
     pipe.to(torch.bfloat16)
     pipe.vae.to(torch.float32)
-    out = pipe(image=picture("blue"), prompt="a", **pair, num_optimization_steps=1, num_inference_steps=2)
+    out = analogy(pipe, image=picture("blue"), prompt="a", **pair, num_optimization_steps=1, num_inference_steps=2)
     assert out.images[0].size == (SIDE, SIDE)
 
 

@@ -6,6 +6,7 @@ import torch
 from conftest import (
     SIDE,
     WIDTH,
+    analogy,
     build_captioner,
     build_pipeline,
     build_tokenizer,
@@ -111,25 +112,18 @@ def test_a_captioner_that_converses_is_asked_the_question_and_says_only_its_answ
     assert "what is red" in asked and "assistant" in asked
     assert "what is red" not in caption and "assistant" not in caption
     with forward_calls(captioner) as calls:
-        pipe(
-            image=PICTURES[0],
-            before=PICTURES[0],
-            after=PICTURES[1],
-            prompt_kwargs={"question": "where is it", "max_new_tokens": 3},
-            num_optimization_steps=1,
-            num_inference_steps=1,
-        )
+        pipe.caption(PICTURES, question="where is it", max_new_tokens=3)
     asked = [processor.batch_decode(keywords["input_ids"])[0] for _, _, keywords, _, _ in calls]
     assert sum("where is it" in text for text in asked) == 3
 
 
-def test_one_call_writes_the_prompts_of_all_images_together():
+def test_a_pairs_pictures_are_described_together_and_then_the_query():
     captioner, processor = build_captioner()
     pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
     images = {"image": PICTURES[2], "before": PICTURES[0], "after": PICTURES[1]}
     with forward_calls(captioner.vision_model) as calls:
-        out = pipe(**images, num_optimization_steps=1, num_inference_steps=1)
-    assert [len(keywords["pixel_values"]) for _, _, keywords, _, _ in calls] == [3]
+        out = analogy(pipe, **images, num_optimization_steps=1, num_inference_steps=1)
+    assert [len(keywords["pixel_values"]) for _, _, keywords, _, _ in calls] == [2, 1]
     prompts = [out.difference.metadata[name] for name in ("before_prompt", "after_prompt")]
     assert prompts == pipe.caption(PICTURES[:2])
 
@@ -190,19 +184,10 @@ def test_revised_hard_prompts_keep_to_their_length_and_words(pipe):
         assert 1 <= len(ids) == len(prompt.split()) <= 4
 
 
-def test_prompts_found_by_pez_describe_all_three_images(pipe):
-    images = {"image": PICTURES[2], "before": PICTURES[0], "after": PICTURES[1]}
-    options = {"prompt_method": "pez", "prompt_kwargs": {"num_tokens": 4, "num_steps": 10}}
-    out = pipe(**images, **options, num_optimization_steps=1, num_inference_steps=1, generator=seeded())
-    expected = pipe.hard_prompts([PICTURES[2], *PICTURES[:2]], num_tokens=4, num_steps=10, generator=seeded())
-    assert [out.difference.metadata[name] for name in ("before_prompt", "after_prompt")] == expected[1:]
-
-
 def test_pez_shows_the_unet_pictures_at_the_size_that_is_asked_for(pipe):
     pictures = {"before": picture("red", size=(72, 56)), "after": picture("yellow", size=(6, 5))}
-    options = {"prompt_method": "pez", "prompt_kwargs": {"num_tokens": 2, "num_steps": 1}}
     with forward_calls(pipe.unet) as calls:
-        pipe.invert_difference(**pictures, **options, height=32, width=40, num_optimization_steps=1)
+        pipe.hard_prompts(list(pictures.values()), num_tokens=2, num_steps=1, height=32, width=40)
     assert {tuple(arguments[0].shape[-2:]) for _, arguments, *_ in calls} == {(4, 5)}
     with forward_calls(pipe.clip, pipe.clip.vision_model) as calls:
         with pytest.raises(ValueError, match="`images` is 5×6.*`height`"):
@@ -222,25 +207,12 @@ def test_pez_leaves_the_components_as_they_were(pipe):
     )
 
 
-@pytest.mark.parametrize(
-    "options, error, message",
-    [
-        ({"prompt_method": "poetry"}, ValueError, "`prompt_method`.*poetry.*pez"),
-        (
-            {"prompt_method": "pez", "prompt_kwargs": {"question": "?"}},
-            ValueError,
-            "`prompt_kwargs`.*question.*num_steps",
-        ),
-        ({"prompt_kwargs": {"num_steps": 1}}, ValueError, "`prompt_kwargs`.*num_steps.*question"),
-        ({}, ValueError, "`(before_)?prompt`.*captioner"),
-    ],
-)
-def test_what_cannot_write_prompts_is_refused_before_any_model_runs(pipe, options, error, message):
+def test_prompts_that_nothing_can_write_are_asked_for_before_any_model_runs(pipe):
     with forward_calls(pipe.unet, pipe.text_encoder, pipe.vae.encoder) as calls:
-        with pytest.raises(error, match=message):
-            pipe.invert_difference(PICTURES[0], PICTURES[1], **options)
-        with pytest.raises(error, match=message):
-            pipe(image=PICTURES[2], before=PICTURES[0], after=PICTURES[1], **options)
+        with pytest.raises(ValueError, match="`before_prompt`.*captioner"):
+            pipe.invert_difference(PICTURES[0], PICTURES[1])
+        with pytest.raises(ValueError, match="`prompt`.*captioner"):
+            pipe(image=PICTURES[2], before=PICTURES[0], after=PICTURES[1])
         assert not calls
 
 
@@ -259,8 +231,6 @@ def test_what_cannot_write_prompts_is_refused_before_any_model_runs(pipe, option
 def test_hard_prompts_that_cannot_be_are_refused_by_name(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         pipe.hard_prompts(PICTURES, **options)
-    with pytest.raises(ValueError, match=message):
-        pipe.invert_difference(PICTURES[0], PICTURES[1], prompt_method="pez", prompt_kwargs=options)
 
 
 def test_asking_for_prompts_without_the_model_for_it_says_what_to_load(pair):
@@ -269,9 +239,3 @@ def test_asking_for_prompts_without_the_model_for_it_says_what_to_load(pair):
         pipe.hard_prompts(PICTURES)
     with pytest.raises(ValueError, match="no captioner.*`captioner_processor`"):
         pipe.caption(PICTURES)
-
-
-def test_pez_without_clip_says_what_to_load():
-    pipe = build_pipeline(clip=None)
-    with pytest.raises(ValueError, match="`clip` is missing.*give `before_prompt`"):
-        pipe.invert_difference(PICTURES[0], PICTURES[1], prompt_method="pez", lambda_clip=0.0)

@@ -86,9 +86,10 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
 
-from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
+from pipeline_difference_inversion import DifferenceInversionPipeline, LearningConfig  # noqa: E402
 
 
+LEARNING = [field.name for field in dataclasses.fields(LearningConfig)]
 APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
 NO_CHANGE = "no change"
 # The paper says zeros, alpha and the two weights, but not which is which. The rest it leaves open: tokens, steps, strength
@@ -190,9 +191,16 @@ def make_task(pipe: DifferenceInversionPipeline, instruct, question: Question) -
 
 
 def ours(task: Task, config: dict) -> Image.Image:
-    asked = config | task.question.prompts | task.question.arguments
+    asked = as_arguments(config | task.question.arguments) | task.question.prompts
     pair = {"before": task.before, "after": task.after}
     return task.pipe(image=task.query, **pair, **asked, generator=task.generator).images[0]
+
+
+def as_arguments(config: dict) -> dict:
+    """A configuration as a call of the pipeline takes it. Prompts are completed, or not, in learning and for the query."""
+    learning = {name: value for name, value in config.items() if name in LEARNING}
+    others = {name: value for name, value in config.items() if name not in LEARNING or name == "complete_prompts"}
+    return others | {"learning_kwargs": learning}
 
 
 def oracle(task: Task, config: dict) -> Image.Image:
@@ -202,7 +210,8 @@ def oracle(task: Task, config: dict) -> Image.Image:
 
 def ceiling(task: Task, config: dict) -> Image.Image:
     pair = {"before": task.query, "after": render(task.question.analogy.target)}
-    return task.pipe(image=task.query, **pair, **CEILING, **applying(config), generator=task.generator).images[0]
+    asked = as_arguments(CEILING | applying(config))
+    return task.pipe(image=task.query, **pair, **asked, generator=task.generator).images[0]
 
 
 def sdedit(task: Task, strength: float) -> Image.Image:
@@ -512,7 +521,7 @@ def save_sheets(answers: list[Answer], options: argparse.Namespace) -> None:
 
 def parse_argument(text: str) -> tuple[str, object]:
     name, _, value = text.partition("=")
-    if name not in inspect.signature(DifferenceInversionPipeline.__call__).parameters:
+    if name not in (*LEARNING, *inspect.signature(DifferenceInversionPipeline.__call__).parameters):
         raise argparse.ArgumentTypeError(f"the pipeline has no argument {name!r}")
     try:
         return name, ast.literal_eval(value)
