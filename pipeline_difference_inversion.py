@@ -2692,7 +2692,7 @@ class DifferenceInversionPipeline(
         return search.found
 
     def _shared_words(self, pairs: list[Pair]) -> list[str]:
-        """Words for what CLIP sees in all pictures, and their pairs' prompts do not share.
+        """Words for what CLIP sees in all pictures and no prompt says.
 
         A word is hard to judge alone, and captions may say little that both pictures show. CLIP needs no step of the UNet
         for this: word by word it picks what brings the description nearer to every picture.
@@ -2713,7 +2713,8 @@ class DifferenceInversionPipeline(
                 cosines.append(self._clip_row_features(encoder, encoder.rows(phrases)) @ pair.T)
             return torch.cat(cosines, dim=1)
 
-        said = {word for prompt in prompts for word in split_words(prompt)}
+        # What only one prompt of a pair says may be what changed, and is left to the UNet.
+        said = {word for pair in pairs for prompt in pair.prompts for word in split_words(prompt)}
         words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS | said)
         nearest = (self._word_features(encoder, words) @ features.T).amin(1) if len(words) else torch.zeros(0)
         candidates = words[nearest.topk(min(NUM_SHARED_CANDIDATES, len(words))).indices].tolist()
