@@ -1659,7 +1659,7 @@ class DifferenceInversionPipeline(
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
     def _make_room(self, *models: torch.nn.Module) -> None:
-        """Leaves these models alone on the device, where `enable_model_cpu_offload` has models moved.
+        """Under `enable_model_cpu_offload`, keeps only these models on the device.
 
         Its hooks act on `forward` alone, and once in a fixed order; here models take turns, and some are called by other
         methods.
@@ -1881,16 +1881,6 @@ class DifferenceInversionPipeline(
                     f"`{encoder.clip_name}` has token embeddings of shape {tuple(table.shape)}, and the text encoder "
                     f"{tuple(encoder.table.shape)} that are not the same: it is another CLIP. To match, {remedy}."
                 )
-
-    def _check_hard_prompts(
-        self, num_tokens=1, num_steps=1, learning_rate=1.0, tolerance=None, num_revisions=0
-    ) -> None:
-        check_number("num_tokens", num_tokens, 1, self._room(), whole=True, meaning="words of a hard prompt")
-        check_number("num_steps", num_steps, 1, whole=True)
-        check_number("learning_rate", learning_rate, above=0)
-        check_number("num_revisions", num_revisions, 0, whole=True)
-        if tolerance is not None:
-            check_number("tolerance", tolerance, 0, 2, meaning="a cosine, or `None` to keep all words")
 
     def _check_captioner(self, complaint: str = "There is no captioner to describe `images`: load") -> None:
         if self.captioner is None or self.captioner_processor is None:
@@ -2214,7 +2204,12 @@ class DifferenceInversionPipeline(
             generator: makes results repeatable.
         """
         self._check_clip("have the captioner describe `images`")
-        self._check_hard_prompts(num_tokens, num_steps, learning_rate, tolerance, num_revisions)
+        check_number("num_tokens", num_tokens, 1, self._room(), whole=True, meaning="words of a hard prompt")
+        check_number("num_steps", num_steps, 1, whole=True)
+        check_number("learning_rate", learning_rate, above=0)
+        check_number("num_revisions", num_revisions, 0, whole=True)
+        if tolerance is not None:
+            check_number("tolerance", tolerance, 0, 2, meaning="a cosine, or `None` to keep all words")
         encoder = self._encoders_with_clip()[0]
         generator = first_of(generator)
         images = as_pictures(images, "images")
@@ -3212,7 +3207,15 @@ class DifferenceInversionPipeline(
                 progress_bar.update(len(latents))
 
     def _denoise(
-        self, start: _Start, guidance: _Guidance, mask, eta, generator, callback, tensor_inputs
+        self,
+        start: _Start,
+        guidance: _Guidance,
+        *,
+        mask: Optional[torch.Tensor],
+        eta: float,
+        generator,
+        callback: Optional[Callable],
+        tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
         """Draws latents (batch, ...) under a mixture of prompts.
 
@@ -3285,6 +3288,7 @@ class DifferenceInversionPipeline(
     def _conditions(
         self,
         prompts: list[str],
+        *,
         source_prompt,
         negative_prompt,
         differences: list[tuple[DifferenceTokens, float]],
@@ -3355,7 +3359,18 @@ class DifferenceInversionPipeline(
         return self._condition(told, rows.expand(len(told), -1, -1))
 
     def _start(
-        self, queries, size, source, inversion, num_inference_steps, strength, eta, copies, generator, latents
+        self,
+        queries: Optional[torch.Tensor],
+        source: _Condition,
+        *,
+        size: tuple[int, int],
+        inversion: Optional[str],
+        num_inference_steps: int,
+        strength: float,
+        eta: float,
+        copies: int,
+        generator,
+        latents: Optional[torch.Tensor],
     ) -> _Start:
         device, dtype = self._execution_device, self.unet.dtype
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
@@ -3598,20 +3613,43 @@ class DifferenceInversionPipeline(
 
         # 5. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
         guidance = self._conditions(
-            prompts, source_prompt, negative_prompt, differences, negative_differences, bool(images), replace_phrases
+            prompts,
+            source_prompt=source_prompt,
+            negative_prompt=negative_prompt,
+            differences=differences,
+            negative_differences=negative_differences,
+            has_query=bool(images),
+            replace_phrases=replace_phrases,
         )
 
         # 6. Where denoising begins
-        way = (inversion, num_inference_steps, strength, eta)
-        start = self._start(queries, size, guidance.own, *way, num_images_per_prompt, generator, latents)
+        start = self._start(
+            queries,
+            guidance.own,
+            size=size,
+            inversion=inversion,
+            num_inference_steps=num_inference_steps,
+            strength=strength,
+            eta=eta,
+            copies=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+        )
         self._num_timesteps = len(start.timesteps)
         guidance = guidance.repeat(num_images_per_prompt)
         mask = self._mask(mask_image, images, size, start, guidance.stages[-1], guidance.own)
 
         # 7. Denoise along the difference
         places = None if mask is None else F.max_pool2d(mask, self.vae_scale_factor) > 0
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(start, guidance, places, eta, generator, *callback)
+        latents = self._denoise(
+            start,
+            guidance,
+            mask=places,
+            eta=eta,
+            generator=generator,
+            callback=callback_on_step_end,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
 
         # 8. Pixels
         answers = latents
