@@ -52,6 +52,21 @@ def test_learning_goes_on_to_the_same_tokens_bit_for_bit(pair, tmp_path, options
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_call_goes_on_to_the_same_picture(pair, tmp_path):
+    learning = {"init": "random", "complete_prompts": False, "num_optimization_steps": STEPS}
+    query = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": 3, "output_type": "latent"}
+
+    def call(**more):
+        return build_pipeline()(**pair, **query, learning_kwargs=learning | more, generator=seeded())
+
+    expected, kept = call(), {"checkpoint": tmp_path / "c", "checkpointing_steps": 5}
+    with pytest.raises(Crash):
+        call(**kept, callback_on_optimization_step=crash_at(7))
+    again = call(**kept)
+    assert torch.equal(rows_of(again.difference), rows_of(expected.difference))
+    assert torch.equal(again.images, expected.images)
+
+
 def test_several_pairs_go_on_together(pipe, pair, tmp_path):
     pairs = pair | {"before": [pair["before"], picture("blue")], "after": [pair["after"], picture("white")]}
     expected = rows_of(learn(pipe, pairs))
