@@ -65,7 +65,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -158,40 +158,6 @@ MATCHING_CLIP = {
 SAME_EMBEDDINGS = 0.5
 
 WEIGHT_NAME = "difference.safetensors"
-CARD = """# {title}
-
-{pictures}Difference tokens for {base_model}: what changed between two pictures, as a few rows of the text encoder's input
-space, learned by Difference Inversion ([arXiv:2506.07750](https://arxiv.org/abs/2506.07750)).
-
-## Use
-
-To make the same change to another picture, with `pipe` a `DifferenceInversionPipeline` of the base model:
-
-```python
-difference = pipe.load_difference("{repo_id}")
-pipe(image=picture, difference=difference).images[0]
-```
-
-In stock diffusers, and as a file in the `embeddings` folder of ComfyUI, it is a textual inversion:
-
-```python
-{stock}
-pipe("a picture, <difference>").images[0]
-```
-
-## How it was learned
-
-{settings}
-"""
-
-STOCK = """pipe.load_textual_inversion("{repo_id}", weight_name="difference.safetensors")"""
-STOCK_TWO_ENCODERS = """rows = safetensors.torch.load_file(huggingface_hub.hf_hub_download("{repo_id}", "difference.safetensors"))
-for name, encoder, tokenizer in (
-    ("clip_l", pipe.text_encoder, pipe.tokenizer),
-    ("clip_g", pipe.text_encoder_2, pipe.tokenizer_2),
-):
-    pipe.load_textual_inversion(rows[name], token="<difference>", text_encoder=encoder, tokenizer=tokenizer)"""
-
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -713,88 +679,38 @@ class DifferenceTokens:
             )
         return cls(embeddings, metadata)
 
-    def save_pretrained(
-        self,
-        folder: Union[str, os.PathLike],
-        before: Optional[Image.Image] = None,
-        after: Optional[Image.Image] = None,
-        repo_id: Optional[str] = None,
-    ) -> Path:
-        """Writes a folder as it goes to the Hub: `difference.safetensors`, a model card, and the two pictures if given.
+    def save_pretrained(self, folder: Union[str, os.PathLike]) -> Path:
+        """Writes `difference.safetensors` into a folder, which is made if it is not there. What else is in it stays.
 
-        Args:
-            folder: where; it is made if it is not there, and what else is in it stays.
-            before: the picture before the change, as the card is to show it.
-            after: the picture after it.
-            repo_id: the repository's name in the card's examples, by default the folder's.
+        A model card with the two pictures is written by `examples/publish.py difference`.
         """
-        folder = Path(folder)
-        pictures = {name: image for name, image in (("before", before), ("after", after)) if image is not None}
-        for name, image in pictures.items():
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"`{name}` must be a PIL image for the card, and is a {type(image).__name__}.")
-        self.save(folder / WEIGHT_NAME)
-        for name, image in pictures.items():
-            flatten_image(image, name).save(folder / f"{name}.png")
-        self._card(repo_id or folder.resolve().name, list(pictures)).save(folder / "README.md")
-        return folder
+        return self.save(Path(folder) / WEIGHT_NAME).parent
 
     def push_to_hub(
         self,
         repo_id: str,
-        before: Optional[Image.Image] = None,
-        after: Optional[Image.Image] = None,
         private: Optional[bool] = None,
         token: Optional[str] = None,
         revision: Optional[str] = None,
         create_pr: bool = False,
         commit_message: str = "Upload difference tokens",
     ) -> str:
-        """Uploads what [`save_pretrained`] writes to a repository of the Hub, which is made if it is not there.
+        """Uploads `difference.safetensors` to a repository of the Hub, which is made if it is not there.
 
         Args:
             repo_id: "user/name".
-            before, after: pictures for the card.
             private, token, revision, create_pr, commit_message: as huggingface_hub has them.
 
         Returns:
             The address of the commit.
         """
         api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, before, after, repo_id)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None and not create_pr and not revision.startswith("refs/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
-
-    def _card(self, repo_id: str, pictures: list[str]) -> ModelCard:
-        base_model = self.metadata.get("base_model", "")
-        about = ModelCardData(
-            library_name="diffusers",
-            pipeline_tag="image-to-image",
-            base_model=base_model if "/" in base_model else None,  # a name without one is a folder's, not the Hub's
-            tags=["diffusers", "textual-inversion", "difference-tokens"],
-        )
-        change = [self.metadata.get(f"{name}_prompt", "") for name in ("before", "after")]
-        settings = [(name, value) for name, value in sorted(self.metadata.items()) if value]
-        rows = "\n".join(
-            f"| {name} | {' / '.join(value.splitlines()).replace('|', ' ')} |" for name, value in settings
-        )
-        shown = (
-            f"| {' | '.join(pictures)} |\n{'|---' * len(pictures)}|\n"
-            f"| {' | '.join(f'![{name}]({name}.png)' for name in pictures)} |\n\n"
-        )
-        text = CARD.format(
-            title=" → ".join(change) if all(change) else repo_id,
-            pictures=shown if pictures else "",
-            base_model=base_model or "its base model",
-            repo_id=repo_id,
-            stock=(STOCK if len(self.embeddings) == 1 else STOCK_TWO_ENCODERS).format(repo_id=repo_id),
-            settings=f"| setting | value |\n|---|---|\n{rows}",
-        )
-        return ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}")
+            return str(api.upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(folder), **options))
 
     @classmethod
     def from_pretrained(

@@ -188,12 +188,6 @@ def test_sdxls_differences_add_whatever_the_order_that_a_file_has_them_in(xl, pa
         difference + DifferenceTokens({"one": torch.zeros(1, 24), "two": torch.zeros(1, 40)})
 
 
-def test_the_card_of_an_sdxl_difference_shows_both_calls(xl, pair, tmp_path):
-    folder = learn(xl, pair, num_optimization_steps=1).save_pretrained(tmp_path / "d")
-    card = (folder / "README.md").read_text()
-    assert "clip_g" in card and "text_encoder_2" in card and "weight_name=" not in card
-
-
 def test_sdxl_is_told_the_size_of_the_picture(xl, pair):
     with forward_calls(xl.unet) as calls:
         xl(**query() | {"height": 32, "width": 64}, difference=learn(xl, pair, num_optimization_steps=1))

@@ -45,10 +45,14 @@ def run_alone(code: str, folder: Path, **environment: str) -> str:
 # ---------------------------------------------------------------------------------------------- folders and the Hub
 
 
-def test_a_folder_of_a_difference_loads_as_it_was_and_has_a_card(pipe, pair, tmp_path):
+def test_a_published_difference_loads_as_it_was_and_has_a_card(pipe, pair, tmp_path):
     difference = pipe.invert_difference(**pair, num_optimization_steps=1, generator=seeded())
     difference.metadata["base_model"] = "someone/a-model"
-    folder = difference.save_pretrained(tmp_path / "yellow-castle", pair["before"], pair["after"])
+    file, folder = difference.save(tmp_path / "difference"), tmp_path / "yellow-castle"
+    for name in ("before", "after"):
+        pair[name].save(tmp_path / f"{name}.png")
+    pictures = [f"--{name}={tmp_path / name}.png" for name in ("before", "after")]
+    publish("difference", "someone/yellow-castle", f"--file={file}", *pictures, "--dry-run", str(folder))
     loaded = pipe.load_difference(folder)
     assert torch.equal(rows_of(loaded), rows_of(difference)) and loaded.metadata == difference.metadata
     assert Image.open(folder / "before.png").tobytes() == pair["before"].tobytes()
@@ -58,23 +62,42 @@ def test_a_folder_of_a_difference_loads_as_it_was_and_has_a_card(pipe, pair, tmp
     for said in (
         "a red cabin → a yellow castle on snow",
         "![before](before.png)",
-        '"yellow-castle"',
+        '"someone/yellow-castle"',
         "| alpha | 0.0 |",
     ):
         assert said in card.content
 
 
 def test_a_card_does_without_pictures_and_without_a_story(tmp_path):
-    folder = DifferenceTokens({"<cat>": torch.zeros(1, 4)}).save_pretrained(tmp_path / "cat", repo_id="someone/cat")
-    card = ModelCard.load(folder / "README.md")
+    file = DifferenceTokens({"<cat>": torch.zeros(1, 4)}).save(tmp_path / "cat")
+    publish("difference", "someone/cat", f"--file={file}", "--dry-run", str(tmp_path / "cat"))
+    card = ModelCard.load(tmp_path / "cat" / "README.md")
     assert "# someone/cat" in card.content and ".png" not in card.content
     assert card.data.base_model is None
 
 
-def test_pictures_of_a_card_are_looked_at_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError, match="`after`.*ndarray|`after`.*Tensor"):
-        random_tokens().save_pretrained(tmp_path / "new", after=torch.zeros(3, 8, 8))
-    assert not (tmp_path / "new").exists()
+def test_the_card_of_an_sdxl_difference_shows_both_calls(tmp_path):
+    file = DifferenceTokens({"clip_l": torch.zeros(1, 4), "clip_g": torch.zeros(1, 8)}).save(tmp_path / "two")
+    publish("difference", "someone/two", f"--file={file}", "--dry-run", str(tmp_path / "two"))
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "clip_g" in card and "text_encoder_2" in card and "weight_name=" not in card
+
+
+@pytest.mark.parametrize(
+    "what, options", [("difference", []), ("storybook", ["--file=d.safetensors"]), ("pipeline", ["--before=a.png"])]
+)
+def test_a_file_is_published_as_a_difference_and_nothing_else_is(tmp_path, what, options):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        publish(what, "someone/thing", *options, "--dry-run", str(tmp_path / "new"))
+    assert b"--file is the difference" in failed.value.stderr and not (tmp_path / "new").exists()
+
+
+def test_pictures_of_a_card_are_opened_before_anything_is_written(tmp_path):
+    file = random_tokens().save(tmp_path / "d")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        options = [f"--file={file}", f"--after={tmp_path / 'none.png'}", "--dry-run", str(tmp_path / "new")]
+        publish("difference", "someone/thing", *options)
+    assert b"none.png" in failed.value.stderr and not list((tmp_path / "new").glob("*"))
 
 
 def test_a_difference_may_be_given_as_its_folder(pipe, tmp_path):
@@ -101,14 +124,9 @@ def test_a_pushed_difference_is_found_by_repository_revision_and_name(hub, tmp_p
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from PIL import Image
 from pipeline_difference_inversion import DifferenceTokens
 difference = DifferenceTokens({{"<difference>": torch.ones(2, 4)}}, {{"format": "difference-tokens", "format_version": "1"}})
-try:
-    difference.push_to_hub("someone/picture", before="before.png")
-except TypeError:
-    pass
-print(difference.push_to_hub("someone/castle", before=Image.new("RGB", (8, 8))))
+print(difference.push_to_hub("someone/castle"))
 def load(*where, **options):
     try:
         print(*DifferenceTokens.from_pretrained(*where, **options).embeddings["<difference>"].sum(1).tolist())
@@ -125,8 +143,7 @@ load("someone/nothing")
     hub.repositories["someone/castle"]["main"] = {}
     url, *said = run_alone(code, tmp_path, **online(hub)).splitlines()
     assert url.startswith(f"{hub.url}/someone/castle/commit/")
-    assert "someone/picture" not in hub.repositories
-    assert set(hub.repositories["someone/castle"]["main"]) == {"README.md", "before.png", "difference.safetensors"}
+    assert set(hub.repositories["someone/castle"]["main"]) == {"difference.safetensors"}
     where = "FileNotFoundError `path_or_repo_id`: 'someone/"
     assert said == [
         "4.0 4.0",
