@@ -1079,14 +1079,14 @@ def flatten_mask(mask: Any) -> Any:
 
 
 def as_pictures(images: Any, name: str) -> list:
-    """One image or several, of any kind, or None, as a list of what `flatten_image` makes of each.
+    """One image or several, of any kind, as a list of what `flatten_image` makes of each.
 
     Raises:
         ValueError: if it is an empty list, or an image of a shape that pictures do not have.
         TypeError: if something in it is no image.
     """
-    pictures = [] if images is None else [flatten_image(image, name) for image in as_list(images)]
-    if images is not None and not pictures:
+    pictures = [flatten_image(image, name) for image in as_list(images)]
+    if not pictures:
         raise ValueError(f"`{name}` is an empty list; give at least one image.")
     return pictures
 
@@ -1545,7 +1545,8 @@ class DifferenceInversionPipeline(
             pooled = ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
             self._callback_tensor_inputs = [*self._callback_tensor_inputs, *pooled]
         self._interrupt, self._stopped = False, False
-        self.interrupted_difference: Optional[DifferenceTokens] = None  # of a call that Ctrl-C ended while it learned
+        # What a call learned that did not end: Ctrl-C ended it while it learned, or anything while it drew.
+        self.interrupted_difference: Optional[DifferenceTokens] = None
 
     @property
     def guidance_scale(self) -> float:
@@ -1880,15 +1881,17 @@ class DifferenceInversionPipeline(
             self._check_mask(mask_image, images, inversion)
 
     @staticmethod
-    def _split_learning_kwargs(given: dict[str, Any]) -> tuple[dict[str, Any], LearningConfig]:
+    def _split_learning_kwargs(given: dict[str, Any], complete_prompts: bool) -> tuple[dict[str, Any], LearningConfig]:
         """A call's `learning_kwargs` as what [`invert_difference`] has itself, and the rest as a config, which is checked."""
+        if not isinstance(given, dict):
+            raise TypeError(f"`learning_kwargs` must be a dictionary, and is a {type(given).__name__}.")
         own = ("callback_on_optimization_step", "checkpoint", "checkpointing_steps")
         settings = [field.name for field in fields(LearningConfig)]
         unknown = [name for name in given if name not in (*own, *settings)]
         if unknown:
             raise ValueError(f"`learning_kwargs` has {unknown}; known are {[*settings, *own]}.")
-        config = LearningConfig(**{name: value for name, value in given.items() if name in settings})
-        return {name: value for name, value in given.items() if name in own}, config
+        config = {"complete_prompts": complete_prompts} | {name: given[name] for name in settings if name in given}
+        return {name: given[name] for name in own if name in given}, LearningConfig(**config)
 
     @staticmethod
     def _check_what_to_apply(
@@ -2119,6 +2122,8 @@ class DifferenceInversionPipeline(
             height, width: in pixels, at which the UNet is shown the images; by default each image's own.
             generator: makes results repeatable.
         """
+        self._check_model()
+        self._check_generator(generator)
         self._check_clip("have the captioner describe `images`")
         check_number("num_tokens", num_tokens, 1, self._room(), whole=True, meaning="words of a hard prompt")
         check_number("num_steps", num_steps, 1, whole=True)
@@ -2458,8 +2463,9 @@ class DifferenceInversionPipeline(
             after_prompt: describes `after`, likewise.
             height, width: to resize the images to, in pixels; the first image's own by default, in whole latents.
             generator: makes learning repeatable.
-            callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss`,
-                `clip_loss`, `token_consistency_loss` (floats) and `tokens` (num_tokens, dim).
+            callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss` and those
+                of `clip_loss`, `contrast_loss` and `token_consistency_loss` that have a weight (floats), and `tokens`
+                (num_tokens, dim).
             checkpoint: a file in which to keep where learning stands. If it is there, learning goes on from it: with a
                 `generator`, to the same tokens bit for bit. It is written whole or not at all, and stays when learning ends.
             checkpointing_steps: optimizer steps from one time that it is written to the next, at least 1.
@@ -2474,7 +2480,9 @@ class DifferenceInversionPipeline(
         """
         asked = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
         config = LearningConfig(**config)
-        befores, afters = as_pictures(before, "before"), as_pictures(after, "after")
+        befores, afters = (
+            [] if given is None else as_pictures(given, name) for name, given in (("before", before), ("after", after))
+        )
         self.check_learning_inputs(befores, afters, config, **asked)
         self._check_generator(generator)
         check_number("checkpointing_steps", checkpointing_steps, 1, whole=True)
@@ -2619,9 +2627,9 @@ class DifferenceInversionPipeline(
         def likeness(descriptions: list[list[int]]) -> torch.Tensor:
             """Cosines (descriptions, 2 * pairs) of pictures and descriptions that follow what their pair's prompts share."""
             cosines = []
-            for ids, pair in zip(known, pictures.unbind(1), strict=True):
-                phrases = torch.tensor([[*ids, *more] for more in descriptions], dtype=torch.long, device=pair.device)
-                cosines.append(self._clip_row_features(encoder, encoder.rows(phrases)) @ pair.T)
+            for ids, both in zip(known, pictures.unbind(1), strict=True):
+                phrases = torch.tensor([[*ids, *more] for more in descriptions], dtype=torch.long, device=both.device)
+                cosines.append(self._clip_row_features(encoder, encoder.rows(phrases)) @ both.T)
             return torch.cat(cosines, dim=1)
 
         # What only one prompt of a pair says may be what changed, and is left to the UNet.
@@ -2944,9 +2952,9 @@ class DifferenceInversionPipeline(
 
     @staticmethod
     def _turn(turn: int, samples: int, total: int) -> torch.Tensor:
-        """Which of all samples a step takes: far apart in time, and all of them once before any comes again."""
-        stride = max(1, total // samples)
-        return (torch.arange(min(samples, total)) * stride + turn % stride) % total
+        """Which of all samples a step takes: far apart in time, and others from turn to turn, until all have had theirs."""
+        samples = min(samples, total)
+        return ((torch.arange(samples) * total // samples + turn) % total).sort().values
 
     def _probe(self, pair: Pair, goal: _Goal, generator: Optional[torch.Generator]) -> _Draw:
         """Fixed noises and time steps to judge tokens on, and for the contrast to learn them on."""
@@ -3460,7 +3468,8 @@ class DifferenceInversionPipeline(
         if hasattr(callback_on_step_end, "tensor_inputs"):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         images, befores, afters = (
-            as_pictures(given, name) for name, given in (("image", image), ("before", before), ("after", after))
+            [] if given is None else as_pictures(given, name)
+            for name, given in (("image", image), ("before", before), ("after", after))
         )
         self.check_inputs(
             images,
@@ -3484,12 +3493,12 @@ class DifferenceInversionPipeline(
         learns = bool(befores or afters)
         by_words_alone = bool(images) and None not in (prompt, source_prompt)
         self._check_what_to_apply(difference, difference_scale, negative_difference, learns, by_words_alone)
-        learning, config = self._split_learning_kwargs(
-            {"complete_prompts": complete_prompts} | (learning_kwargs or {})
-        )
-        pair = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
+        learning, config = self._split_learning_kwargs(learning_kwargs or {}, complete_prompts)
+        asked = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
         if learns:
-            self.check_learning_inputs(befores, afters, config, **pair)
+            self.check_learning_inputs(befores, afters, config, **asked)
+        elif learning_kwargs:
+            logger.warning("`learning_kwargs` has no effect without a pair, `before` and `after`, to learn from.")
         differences, negative_differences = [], []
         if difference is not None:
             differences = self._resolve_difference(difference, difference_scale)
@@ -3498,7 +3507,6 @@ class DifferenceInversionPipeline(
             negative_differences = self._resolve_difference(negative_difference, 1.0, "negative_difference")
         if guidance_scale is None:
             guidance_scale = 7.5 if image is None else 1.0
-        self._guidance_scale = guidance_scale
         for name, given in (("negative_prompt", negative_prompt), ("negative_difference", negative_difference)):
             if guidance_scale == 1 and given is not None:
                 logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
@@ -3506,19 +3514,20 @@ class DifferenceInversionPipeline(
         if eta is None:
             eta = DDPM_ETA if inversion == "ddpm" else 0.0
 
-        # 2. Learn the difference, if it is not given
+        # 2. The queries' prompts, if they are not given
+        (prompts,) = self._write_prompts((images, prompt))
+
+        # 3. Learn the difference, if it is not given
+        self.interrupted_difference = None
         if learns:
             difference = self.invert_difference(
-                befores, afters, **pair, generator=generator, **learning, **vars(config)
+                befores, afters, **asked, generator=generator, **learning, **vars(config)
             )
+            self.interrupted_difference = difference  # until the call has ended
             if self._stopped:
-                self.interrupted_difference = difference
                 raise KeyboardInterrupt("What was learned is `pipe.interrupted_difference`.")
             differences = self._resolve_difference(difference, difference_scale)
-        self._interrupt = False
-
-        # 3. The queries' prompts, if they are not given
-        (prompts,) = self._write_prompts((images, prompt))
+        self._interrupt, self._guidance_scale = False, guidance_scale
 
         # 4. Words for what the queries' prompts leave unsaid
         size = self._common_size(images, "image", height, width)
@@ -3573,6 +3582,7 @@ class DifferenceInversionPipeline(
             own = None if mask is None else self._pixels(images, size)
             answers = self._pictures(latents, mask, own, output_type)
         self.maybe_free_model_hooks()
+        self.interrupted_difference = None
         if not return_dict:
             return answers, difference
         return DifferenceInversionPipelineOutput(images=answers, difference=difference)

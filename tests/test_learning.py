@@ -542,6 +542,23 @@ def test_ctrl_c_while_a_call_learns_ends_the_call_and_keeps_what_was_learned(pip
     assert any(torch.equal(rows, seen) for seen in diary.values("tokens"))
 
 
+def test_ctrl_c_while_a_call_draws_keeps_what_was_learned_and_an_ended_call_keeps_nothing(pipe, pair):
+    options = {"image": pair["before"], "prompt": "a cabin", **pair, "num_optimization_steps": 1}
+    options["num_inference_steps"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        analogy(pipe, **options, generator=seeded(), callback_on_step_end=lambda pipe, *_: press_ctrl_c(pipe))
+    kept = rows_of(pipe.interrupted_difference)
+    assert torch.equal(kept, rows_of(analogy(pipe, **options, generator=seeded()).difference))
+    assert pipe.interrupted_difference is None
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 6, 7, 8, 20])
+def test_a_step_takes_samples_that_differ_and_eight_steps_take_them_all(samples):
+    turns = [DifferenceInversionPipeline._turn(turn, samples, 8).tolist() for turn in range(8)]
+    assert all(len(set(turn)) == len(turn) == min(samples, 8) for turn in turns)
+    assert set().union(*turns) == set(range(8))
+
+
 def test_noises_and_time_steps_are_drawn_where_the_latents_are_whatever_the_default_device(pipe):
     latents = torch.zeros(1, 4, 4, 4)
     with torch.device("meta"):  # which stands for a device that the latents are not on

@@ -45,7 +45,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
 
 
 STEPS = 6
@@ -806,6 +806,7 @@ def test_a_unet_may_have_two_sides_or_none(pipe):
         ({"learning_kwargs": {"init": "nonsense"}}, ValueError, "`init`.*'nonsense'"),
         ({"learning_kwargs": {"alpha": float("nan")}}, ValueError, "`alpha`.*nan"),
         ({"learning_kwargs": {"num_token": 4}}, ValueError, "`learning_kwargs`.*'num_token'.*'num_tokens'"),
+        ({"learning_kwargs": LearningConfig()}, TypeError, "`learning_kwargs`.*dictionary.*LearningConfig"),
         ({"generator": 3}, TypeError, "`generator`.*3"),
         ({"generator": [3]}, TypeError, "`generator`.*3"),
     ],
@@ -853,6 +854,25 @@ def test_a_negative_difference_without_guidance_is_said_to_do_nothing(pipe):
     with logged() as lines:
         apply(pipe, negative_difference=random_tokens(), guidance_scale=1.0)
     assert any("`negative_difference` has no effect" in line for line in lines)
+
+
+def test_it_is_said_that_settings_of_learning_have_no_effect_without_a_pair(pipe):
+    with logged() as lines:
+        apply(pipe, learning_kwargs={"num_tokens": 2})
+    assert any("`learning_kwargs` has no effect" in line for line in lines)
+
+
+def test_a_preview_while_learning_leaves_the_calls_own_guidance(pipe, pair):
+    def preview(pipe, step, values):
+        apply(pipe, guidance_scale=1.0)
+
+    query = {"image": picture("blue"), "prompt": "a blue cabin", "num_inference_steps": 2, "output_type": "latent"}
+    options = {**pair, **query, "num_optimization_steps": 2, "guidance_scale": 3.0}
+    expected, previewed = (
+        analogy(pipe, **options, callback_on_optimization_step=callback, generator=seeded()).images
+        for callback in (None, preview)
+    )
+    assert torch.equal(expected, previewed)
 
 
 def test_text_to_image_may_learn_its_difference_in_the_same_call(pipe, pair):

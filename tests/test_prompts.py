@@ -117,13 +117,13 @@ def test_a_captioner_that_converses_is_asked_the_question_and_says_only_its_answ
     assert sum("where is it" in text for text in asked) == 3
 
 
-def test_a_pairs_pictures_are_described_together_and_then_the_query():
+def test_the_query_is_described_before_learning_and_a_pairs_pictures_together():
     captioner, processor = build_captioner()
     pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
     images = {"image": PICTURES[2], "before": PICTURES[0], "after": PICTURES[1]}
     with forward_calls(captioner.vision_model) as calls:
         out = analogy(pipe, **images, num_optimization_steps=1, num_inference_steps=1)
-    assert [len(keywords["pixel_values"]) for _, _, keywords, _, _ in calls] == [2, 1]
+    assert [len(keywords["pixel_values"]) for _, _, keywords, _, _ in calls] == [1, 2]
     prompts = [out.difference.metadata[name] for name in ("before_prompt", "after_prompt")]
     assert prompts == pipe.caption(PICTURES[:2])
 
@@ -231,6 +231,25 @@ def test_prompts_that_nothing_can_write_are_asked_for_before_any_model_runs(pipe
 def test_hard_prompts_that_cannot_be_are_refused_by_name(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         pipe.hard_prompts(PICTURES, **options)
+
+
+def test_pictures_that_are_missing_are_no_prompts(pipe):
+    captioner, processor = build_captioner()
+    for describe in (pipe.hard_prompts, build_pipeline(captioner=captioner, captioner_processor=processor).caption):
+        with pytest.raises(TypeError, match="`images`.*NoneType"):
+            describe(None)
+        with pytest.raises(ValueError, match="`images` is an empty list"):
+            describe([])
+
+
+def test_hard_prompts_are_refused_by_name_before_any_model_runs(pipe):
+    with forward_calls(pipe.clip, pipe.clip.vision_model, pipe.unet) as calls:
+        with pytest.raises(TypeError, match="`generator`.*3"):
+            pipe.hard_prompts(PICTURES, generator=3)
+        pipe.vae = None
+        with pytest.raises(ValueError, match="`vae` is missing"):
+            pipe.hard_prompts(PICTURES)
+        assert not calls
 
 
 def test_asking_for_prompts_without_the_model_for_it_says_what_to_load(pair):
