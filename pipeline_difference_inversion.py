@@ -2611,7 +2611,7 @@ class DifferenceInversionPipeline(
         return search.found
 
     def _shared_words(self, pairs: list[Pair]) -> list[str]:
-        """Words for what CLIP sees in all pictures and no prompt says.
+        """Words for what CLIP sees in all pictures, and no prompt of their pairs says.
 
         A word is hard to judge alone, and captions may say little that both pictures show. CLIP needs no step of the UNet
         for this: word by word it picks what brings the description nearer to every picture.
@@ -2632,8 +2632,7 @@ class DifferenceInversionPipeline(
                 cosines.append(self._clip_row_features(encoder, encoder.rows(phrases)) @ both.T)
             return torch.cat(cosines, dim=1)
 
-        # What only one prompt of a pair says may be what changed, and is left to the UNet.
-        said = {word for pair in pairs for prompt in pair.prompts for word in split_words(prompt)}
+        said = {word for prompt in prompts for word in split_words(prompt)}
         words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS | said)
         nearest = (self._word_features(encoder, words) @ features.T).amin(1) if len(words) else torch.zeros(0)
         candidates = words[nearest.topk(min(NUM_SHARED_CANDIDATES, len(words))).indices].tolist()
@@ -2647,7 +2646,9 @@ class DifferenceInversionPipeline(
                 break
             reached = found[best]
             chosen.append(candidates.pop(best))
-        return [_written(self.tokenizer, [index]) for index in chosen]
+        # What only one prompt of a pair says may be what changed: it is judged by the UNet.
+        by_one = {word for pair in pairs for order in (1, -1) for word in unshared_words(*pair.prompts[::order])}
+        return [word for word in (_written(self.tokenizer, [index]) for index in chosen) if word not in by_one]
 
     def _words_along_the_delta(self, said: list[list[str]], pairs: list[Pair]) -> tuple[list[list[str]], list[str]]:
         """Of the prompts' own words those that best fit the images' delta, and the vocabulary's nearest to it and to its
