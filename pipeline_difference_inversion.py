@@ -100,7 +100,7 @@ LEAST_LIKENESS_GAIN, LEAST_BALANCE = 0.01, 0.5
 NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
 NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
 NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
-NUM_PROMISING = 3  # words that are tried again in the next round, of those that come nearest to each
+NUM_PROMISING = 3  # words that come nearest to being gained, as many to lost and shared, are tried in the next round
 MOST_AT_ONCE = 12  # latents in one call of the UNet, where more are known beforehand
 MOST_LEARNED_AT_ONCE = 4  # likewise where gradients come back, which takes far more memory
 NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
@@ -387,8 +387,8 @@ class WordSearch:
             refused |= self.drop_refuted()
             # Words that are far from telling are not tried again.
             promising = torch.stack([*(torch.minimum(gains[:, s], -gains[:, 1 - s]) for s in (0, 1)), both])
-            best = promising.topk(min(NUM_PROMISING, len(candidates)))
-            kept = set(best.indices[best.values.isfinite()].tolist())
+            nearest = promising.topk(min(NUM_PROMISING, len(candidates)))
+            kept = set(nearest.indices[nearest.values.isfinite()].tolist())
             kept |= {i for score in scores for i in score.isfinite().nonzero().flatten().tolist()}
             candidates = [word for i, word in enumerate(candidates) if i in kept]
 
@@ -1055,6 +1055,19 @@ def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
     return image[None]  # [1, height, width, 3] or [1, 3, height, width]
 
 
+def as_pictures(images: Any, name: str) -> list:
+    """One image or several, of any kind, as a list of what `flatten_image` makes of each.
+
+    Raises:
+        ValueError: if it is an empty list, or an image of a shape that pictures do not have.
+        TypeError: if something in it is no image.
+    """
+    pictures = [flatten_image(image, name) for image in as_list(images)]
+    if not pictures:
+        raise ValueError(f"`{name}` is an empty list; give at least one image.")
+    return pictures
+
+
 def as_masks(masks: Any, count: int) -> list:
     """One mask or several, as a list; a stack (masks, height, width) for as many images is taken apart."""
     stacked = isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3 and masks.shape[-1] not in (1, 3, 4)
@@ -1076,19 +1089,6 @@ def flatten_mask(mask: Any) -> Any:
         mask = mask.movedim(-1, 0) if mask.shape[-1] in (1, 3, 4) else mask
         mask = mask[:3].mean(0) * (mask[3] if len(mask) == 4 else 1)
     return mask[None, None]
-
-
-def as_pictures(images: Any, name: str) -> list:
-    """One image or several, of any kind, as a list of what `flatten_image` makes of each.
-
-    Raises:
-        ValueError: if it is an empty list, or an image of a shape that pictures do not have.
-        TypeError: if something in it is no image.
-    """
-    pictures = [flatten_image(image, name) for image in as_list(images)]
-    if not pictures:
-        raise ValueError(f"`{name}` is an empty list; give at least one image.")
-    return pictures
 
 
 def image_size(image: Any) -> tuple[int, int]:
@@ -1220,10 +1220,12 @@ class Pair:
 
     @property
     def prompts(self) -> tuple[str, str]:
+        """What is said of the one before and of the one after."""
         return self.before_prompt, self.after_prompt
 
     @property
     def latents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Before and after, (1, channels, height / factor, width / factor) each."""
         return self.before_latents, self.after_latents
 
     @property
@@ -1886,7 +1888,7 @@ class DifferenceInversionPipeline(
         if not isinstance(given, dict):
             raise TypeError(f"`learning_kwargs` must be a dictionary, and is a {type(given).__name__}.")
         own = ("callback_on_optimization_step", "checkpoint", "checkpointing_steps")
-        settings = [field.name for field in fields(LearningConfig)]
+        settings = [setting.name for setting in fields(LearningConfig)]
         unknown = [name for name in given if name not in (*own, *settings)]
         if unknown:
             raise ValueError(f"`learning_kwargs` has {unknown}; known are {[*settings, *own]}.")
@@ -2485,11 +2487,9 @@ class DifferenceInversionPipeline(
         )
         self.check_learning_inputs(befores, afters, config, **asked)
         self._check_generator(generator)
-        check_number("checkpointing_steps", checkpointing_steps, 1, whole=True)
         generator, size = first_of(generator), self._common_size(befores, "before", height, width)
-        if checkpoint is not None:
-            call = self._call_hash(befores, afters, size, (before_prompt, after_prompt, config), generator)
-            checkpoint = _Checkpoint(Path(checkpoint), checkpointing_steps, call)
+        kept = {"checkpoint": checkpoint, "checkpointing_steps": checkpointing_steps}
+        checkpoint = self._open_checkpoint(befores, afters, config, generator=generator, **asked, **kept)
         prompts = self._write_prompts((befores, before_prompt), (afters, after_prompt))
         self._interrupt, self._stopped = False, False
         with frozen(self.vae, self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
@@ -2501,6 +2501,28 @@ class DifferenceInversionPipeline(
             difference = self._learn(pairs, config, generator, callback_on_optimization_step, checkpoint)
         self.maybe_free_model_hooks()
         return difference
+
+    def _open_checkpoint(
+        self,
+        befores: list,
+        afters: list,
+        config: LearningConfig,
+        *,
+        before_prompt,
+        after_prompt,
+        height: Optional[int],
+        width: Optional[int],
+        generator: Optional[torch.Generator],
+        checkpoint: Union[str, os.PathLike, None] = None,
+        checkpointing_steps: int = 10,
+    ) -> Optional[_Checkpoint]:
+        """The file that keeps where learning stands; raises `ValueError` if it is there already and of another call."""
+        check_number("checkpointing_steps", checkpointing_steps, 1, whole=True)
+        if checkpoint is None:
+            return None
+        size = self._common_size(befores, "before", height, width)
+        call = self._call_hash(befores, afters, size, (before_prompt, after_prompt, config), generator)
+        return _Checkpoint(Path(checkpoint), checkpointing_steps, call)
 
     def _call_hash(
         self, befores: list, afters: list, size: tuple[int, int], asked: tuple, generator: Optional[torch.Generator]
@@ -3498,6 +3520,10 @@ class DifferenceInversionPipeline(
         asked = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
         if learns:
             self.check_learning_inputs(befores, afters, config, **asked)
+            kept = {name: learning[name] for name in ("checkpoint", "checkpointing_steps") if name in learning}
+            self._open_checkpoint(
+                befores, afters, config, generator=first_of(generator), **asked, **kept
+            )  # only to check
         elif learning_kwargs:
             logger.warning("`learning_kwargs` has no effect without a pair, `before` and `after`, to learn from.")
         differences, negative_differences = [], []

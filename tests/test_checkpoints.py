@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import build_pipeline, forward_calls, logged, picture, random_tokens, rows_of, seeded
+from conftest import build_captioner, build_pipeline, forward_calls, logged, picture, random_tokens, rows_of, seeded
 
 
 STEPS = 12
@@ -65,6 +65,20 @@ def test_a_call_goes_on_to_the_same_picture(pair, tmp_path):
     again = call(**kept)
     assert torch.equal(rows_of(again.difference), rows_of(expected.difference))
     assert torch.equal(again.images, expected.images)
+
+
+def test_a_calls_checkpoint_is_looked_at_before_the_captioner_runs(pair, tmp_path):
+    captioner, processor = build_captioner()
+    pipe = build_pipeline(captioner=captioner, captioner_processor=processor)
+    (tmp_path / "text").write_text("a text")
+    with forward_calls(captioner.vision_model, pipe.unet) as calls:
+        for kept, message in (
+            ({"checkpoint": tmp_path / "text"}, "`checkpoint`.*is no checkpoint"),
+            ({"checkpointing_steps": 0}, "`checkpointing_steps` is 0"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                pipe(image=picture("blue"), **pair, learning_kwargs=kept)
+    assert not calls
 
 
 def test_several_pairs_go_on_together(pipe, pair, tmp_path):

@@ -92,12 +92,14 @@ def test_a_file_is_published_as_a_difference_and_nothing_else_is(tmp_path, what,
     assert b"--file is the difference" in failed.value.stderr and not (tmp_path / "new").exists()
 
 
-def test_pictures_of_a_card_are_opened_before_anything_is_written(tmp_path):
+def test_a_difference_is_published_with_its_card_once_its_pictures_are_opened(hub, tmp_path):
     file = random_tokens().save(tmp_path / "d")
+    picture("red").save(tmp_path / "a.png")
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        options = [f"--file={file}", f"--after={tmp_path / 'none.png'}", "--dry-run", str(tmp_path / "new")]
-        publish("difference", "someone/thing", *options)
-    assert b"none.png" in failed.value.stderr and not list((tmp_path / "new").glob("*"))
+        publish("difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'none.png'}", **online(hub))
+    assert b"none.png" in failed.value.stderr and "someone/thing" not in hub.repositories
+    publish("difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'a.png'}", **online(hub))
+    assert set(hub.repositories["someone/thing"]["main"]) == {"README.md", "after.png", "difference.safetensors"}
 
 
 def test_a_difference_may_be_given_as_its_folder(pipe, tmp_path):
