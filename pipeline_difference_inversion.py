@@ -91,6 +91,7 @@ NUM_EVIDENCE_SAMPLES = 5  # (noise, time step) pairs that a word is judged on
 NUM_VERIFICATION_SAMPLES = 12  # other pairs, that the words found must hold on too
 EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
 NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
+NUM_LIKELY = 4  # of these, that are looked at again when louder words are known
 NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
 NUM_SHARED_CANDIDATES = 64  # vocabulary words nearest to both pictures, of which CLIP describes what they share
 MOST_SHARED_WORDS = 7  # in that description
@@ -113,6 +114,10 @@ LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
 # the second, and must alone help its own by the third. All are relative to the error without words; see RESULTS.md.
 MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE = 0.003, 0.015, 0.06
 LOUD, QUIET_SHARE = 0.7, 0.15
+# A likely word may be hidden by louder ones if alone it harms its own picture by no more than the first, and the other by
+# more, by the second. Beside them it must then help its own by the third, or if it is loud alone only not harm it by as much,
+# and may help the other by the last. See RESULTS.md.
+MOST_HIDDEN_HARM, LEAST_HIDDEN_CONTRAST, LEAST_HIDDEN_GAIN, MOST_HIDDEN_HELP = 0.25, 0.1, 0.03, 0.005
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
 CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
 LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
@@ -357,6 +362,7 @@ class WordSearch:
         self.found: tuple[list[str], list[str]] = ([], [])  # what A lost, what A' gained
         without_words = torch.cat([errors([""], picture) for picture in (0, 1)])
         self._scale = without_words.mean(0)  # all errors are relative to it
+        self._alone: dict[str, list[float]] = {}  # what words do before any is found
         self._known = {("", picture): found / self._scale for picture, found in enumerate(without_words)}
 
     def run(self, candidates: Sequence[str], may_be_shared: Sequence[str], most: int) -> None:
@@ -368,6 +374,8 @@ class WordSearch:
             if not candidates:
                 return
             gains = self.gains(candidates, self.found)  # [words, 2]
+            if not any(self.found):
+                self._alone |= zip(candidates, gains.tolist(), strict=True)
             scores = [self.evidence(gains[:, side], gains[:, 1 - side]) for side in (0, 1)]
             accepted = False
             for side in (1, 0):
@@ -392,6 +400,43 @@ class WordSearch:
             kept |= {i for score in scores for i in score.isfinite().nonzero().flatten().tolist()}
             candidates = [word for i, word in enumerate(candidates) if i in kept]
 
+    def look_again(self, likely: Sequence[Sequence[str]], most: int) -> None:
+        """Takes words that louder ones hid, of those that are likely to have been lost, and of those likely to have been gained.
+
+        Beside loud words a quiet one only has to help its picture, and not to help the other. One that has told them apart
+        alone only has to do no harm.
+        """
+        known = {*self.shared, *self.found[0], *self.found[1]}
+        left = [[w for w in words if w not in known and self._may_be_hidden(w, i)] for i, words in enumerate(likely)]
+        while True:
+            best, most_gain = None, -math.inf
+            for side, beside in enumerate(self.found):
+                words = left[side] if len(beside) < most else []
+                gains = dict(zip(words, self._gains(words, beside, side).tolist(), strict=True))
+                words = [word for word, gain in gains.items() if gain >= self._least_gain(word, side)]
+                others = self._gains(words, self.found[1 - side], 1 - side).tolist()
+                left[side] = [word for word, gain in zip(words, others, strict=True) if gain <= MOST_HIDDEN_HELP]
+                for word in left[side]:
+                    if gains[word] > most_gain:
+                        best, most_gain = (side, word), gains[word]
+            if best is None:
+                return
+            side, word = best
+            self.found[side].append(word)
+            gone = {word, *self.drop_refuted()}
+            left = [[word for word in words if word not in gone] for words in left]
+
+    def _may_be_hidden(self, word: str, side: int) -> bool:
+        """Whether a word, alone, did not harm its own picture much, and told the two apart at least a little."""
+        gain, other_gain = self.gains_alone(word, side)
+        return gain >= -MOST_HIDDEN_HARM and gain - other_gain >= LEAST_HIDDEN_CONTRAST
+
+    def _least_gain(self, word: str, side: int) -> float:
+        """What a hidden word must do for its picture beside the others."""
+        gain, other_gain = self.gains_alone(word, side)
+        told_them_apart = gain >= -LEAST_HIDDEN_CONTRAST and -other_gain >= LOUD
+        return -LEAST_HIDDEN_GAIN if told_them_apart else LEAST_HIDDEN_GAIN
+
     @staticmethod
     def evidence(gain: torch.Tensor, other_gain: torch.Tensor) -> torch.Tensor:
         """How well words (words,) hold for a picture and not for the other; -inf for those that do not."""
@@ -401,19 +446,16 @@ class WordSearch:
 
     def gains(self, words: Sequence[str], found: tuple[list[str], list[str]]) -> torch.Tensor:
         """How much better each picture is drawn with each word after those found, (words, 2)."""
-        columns = []
-        for picture in (0, 1):
-            phrases = [[*self.shared, *found[picture], *more] for more in ([], *([word] for word in words))]
-            without, *with_word = self._errors([" ".join(phrase) for phrase in phrases], picture)
-            columns.append(torch.stack([(without - errors).mean() for errors in with_word]))
-        return torch.stack(columns, dim=1)
+        return torch.stack([self._gains(words, found[picture], picture) for picture in (0, 1)], dim=1)
+
+    def _gains(self, words: Sequence[str], beside: list[str], picture: int) -> torch.Tensor:
+        """How much better one picture is drawn with each word after others, (words,)."""
+        phrases = [[*self.shared, *beside, *more] for more in ([], *([word] for word in words))]
+        without, *with_word = self._errors([" ".join(phrase) for phrase in phrases], picture)
+        return torch.stack([(without - errors).mean() for errors in with_word]) if words else without[:0]
 
     def _gain(self, word: str, beside: list[str], picture: int) -> float:
-        """How much better one picture is drawn with a word after others."""
-        without, with_word = self._errors(
-            [" ".join([*self.shared, *found]) for found in (beside, [*beside, word])], picture
-        )
-        return float((without - with_word).mean())
+        return float(self._gains([word], beside, picture)[0])
 
     def _errors(self, phrases: list[str], picture: int) -> list[torch.Tensor]:
         new = [phrase for phrase in dict.fromkeys(phrases) if (phrase, picture) not in self._known]
@@ -461,9 +503,11 @@ class WordSearch:
         both pictures show may seem to do a little of each.
         """
         gain = self._gain(word, [other for other in search.found[side] if other != word], side)
-        loudness = self._loudness(word, side)
-        loudest = max(self._loudness(found, place) for place in (0, 1) for found in search.found[place])
+        loudness = search.loudness(word, side)
+        loudest = max(search.loudness(found, place) for place in (0, 1) for found in search.found[place])
         quiet = min(LOUD, QUIET_SHARE * loudest)
+        if loudness < quiet:  # on these noises it may be heard
+            loudness = max(loudness, self.loudness(word, side))
         if loudness >= quiet and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
             return 0.0  # of most words no more need be known
         contrast = -self._gain(word, search.found[1 - side], 1 - side)
@@ -474,9 +518,15 @@ class WordSearch:
             doubt = max(doubt, LEAST_GAIN_ALONE - gain_alone, -contrast - MOST_FRESH_HELP)
         return doubt
 
-    def _loudness(self, word: str, side: int) -> float:
+    def loudness(self, word: str, side: int) -> float:
         """By how much a word alone harms the other picture."""
-        return -self._gain(word, [], 1 - side)
+        return -self.gains_alone(word, side)[1]
+
+    def gains_alone(self, word: str, side: int) -> tuple[float, float]:
+        """How much better a word alone makes its own picture, and the other."""
+        if word not in self._alone:
+            self._alone[word] = self.gains([word], ([], []))[0].tolist()
+        return self._alone[word][side], self._alone[word][1 - side]
 
     def order(self, prompts: tuple[str, str]) -> None:
         """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""
@@ -1350,34 +1400,169 @@ class LearningConfig:
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
-@dataclass
-class _Goal:
-    """What the tokens are learned for (equation 10): pairs, the delta (dim,) of each CLIP if they count, and the weights;
-    and, if they are to be words, those that they may be."""
+class Learner:
+    """Difference tokens on their way: takes steps down equation 10, and keeps the best tokens of those that were judged.
 
-    pairs: list[Pair]
-    deltas: list[torch.Tensor]
-    config: LearningConfig
-    vocabulary: Optional[Vocabulary] = None
+    The loss of a step says more about the noises and time steps that it happened to draw than about the tokens, so tokens
+    are judged on a fixed set of them. Of the models it has no more than these functions:
 
+    - `predict(latents, prompts, rows, draw)`: the UNet's predictions for latents (images, channels, height, width), each with
+      its prompt and its rows (num_tokens, dim), and what they should be, both (images, samples, channels, height, width).
+    - `clip_features(tokens)`: each CLIP's text embedding (dim,) of the tokens alone.
+    - `draw(latents, samples, generator, jitter, stretch)`: noises and time steps for such latents.
 
-@dataclass
-class _Stand:
-    """Where learning stands: all that the next step depends on, and the best tokens so far.
-
-    `candidates` are tokens with their loss on the `probes`.
+    Args:
+        tokens: to begin with, (num_tokens, dim), in float32.
+        pairs: what to learn from, with their latents.
+        deltas: what each CLIP's features are to point to, (dim,); none where the CLIP loss has no weight.
+        config: in which nothing is None.
+        vocabulary: the words that tokens must be, if they are to be words.
+        gradient_scale: by which losses are multiplied before their gradients are taken, and these divided after.
     """
 
-    tokens: torch.Tensor
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    generator: Optional[torch.Generator]
-    candidates: list[tuple[float, torch.Tensor]]
-    probes: list[_Draw] = field(default_factory=list)
-    step: int = 0
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        pairs: list[Pair],
+        deltas: list[torch.Tensor],
+        config: LearningConfig,
+        *,
+        predict: Callable,
+        clip_features: Callable,
+        draw: Callable,
+        generator: Optional[torch.Generator] = None,
+        vocabulary: Optional[Vocabulary] = None,
+        gradient_scale: float = 1.0,
+    ):
+        self.pairs, self.deltas, self.config, self.vocabulary = pairs, deltas, config, vocabulary
+        self.predict, self.clip_features, self.draw = predict, clip_features, draw
+        self.generator, self.gradient_scale = generator, gradient_scale
+        self.tokens = tokens.requires_grad_(True)
+        self.optimizer = torch.optim.Adam([self.tokens], lr=config.learning_rate)
+        num_steps = max(1, config.num_optimization_steps)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
+        self.candidates = [(math.inf, tokens.detach().clone())]  # with their losses on the probes
+        self.probes: list[_Draw] = []
+        self.step, self.num_overflows = 0, 0
+
+    def start(self, state: Optional[dict[str, Any]] = None) -> None:
+        """Goes on from a `state_dict`, or judges the tokens that it begins with."""
+        if state is not None:
+            self.load_state_dict(state)
+        else:
+            self.probes = [self._probe(pair) for pair in self.pairs]
+        if len(self.candidates) == 1:
+            self.judge()
+
+    def take_step(self) -> dict[str, float]:
+        """Moves the tokens, unless the loss or its gradient is not finite; returns the loss and its parts."""
+        values = self._backward(*self._next_samples())
+        if math.isfinite(values["loss"]):
+            self.tokens.grad /= self.gradient_scale
+            if self.tokens.grad.isfinite().all():
+                self.optimizer.step()
+                self.schedule.step()
+            else:
+                self.num_overflows += 1
+        self.optimizer.zero_grad()
+        return values
+
+    @property
+    def is_to_judge(self) -> bool:
+        """Whether the tokens' turn to be judged has come after so many steps."""
+        num_steps = self.config.num_optimization_steps
+        every = num_steps if self.config.objective == "contrast" else num_steps // 4
+        return self.step % max(1, every) == 0 or self.step == num_steps
+
+    def judge(self) -> None:
+        """Puts the tokens as they are now among those that may be the best."""
+        tokens = self.tokens.detach().clone()
+        judged = zip(self.pairs, self.probes, strict=True)
+        losses = [float(self.losses(tokens, pair, probe)["loss"]) for pair, probe in judged]
+        self.candidates.append((sum(losses) / len(losses), tokens))
+
+    def best(self) -> tuple[torch.Tensor, float]:
+        """The tokens of the lowest loss on the fixed noises and time steps, and that loss."""
+        loss, tokens = min(self.candidates, key=lambda candidate: candidate[0])
+        return tokens, loss
+
+    def used_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the models are given for tokens: words, if they are to be words."""
+        return tokens if self.vocabulary is None else self.vocabulary.project(tokens)[0]
+
+    def losses(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> dict[str, torch.Tensor]:
+        """Equation 10 and its two parts; a part of weight zero is not computed."""
+        tokens, config, losses = self.used_tokens(tokens), self.config, {"loss": 0.0}
+        if config.lambda_clip > 0:
+            pointed = zip(self.clip_features(tokens), self.deltas, strict=True)
+            losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pointed]).mean()
+            losses["loss"] = losses["loss"] + config.lambda_clip * losses["clip_loss"]
+        if config.lambda_tc > 0:
+            name = "contrast_loss" if config.objective == "contrast" else "token_consistency_loss"
+            losses[name] = getattr(self, f"_{name}")(tokens, pair, draw)
+            losses["loss"] = losses["loss"] + config.lambda_tc * losses[name]
+        return losses
+
+    def _contrast_loss(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
+        gains = 1 - self._contrast_errors(tokens, pair, draw) / draw.references
+        return contrast_loss(gains[1], gains[0], self.config.lambda_contrast)
+
+    def _contrast_errors(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
+        """The UNet's errors on A and on A' (2, samples), where they differ, under the same prompt and tokens."""
+        prompts = [shared_prompt(*pair.prompts)] * 2
+        prediction, target = self.predict(torch.cat(pair.latents), prompts, tokens.expand(2, -1, -1), draw)
+        return weighted_errors(prediction, target, pair.weights)
+
+    def _token_consistency_loss(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
+        """Equations 7 to 9. The prompts are crossed: A's with +D draws A', and that of A' with -D draws A."""
+        prompts, latents, rows = [pair.before_prompt], pair.after_latents, tokens[None]
+        if self.config.lambda_before > 0:
+            prompts = [*prompts, pair.after_prompt]
+            latents = torch.cat([latents, pair.before_latents])
+            rows = torch.cat([rows, -rows])
+        return token_consistency_loss(*self.predict(latents, prompts, rows, draw), self.config.lambda_before)
+
+    def _probe(self, pair: Pair) -> _Draw:
+        """Fixed noises and time steps to judge tokens on, and for the contrast to learn them on."""
+        if self.config.objective != "contrast":
+            return self.draw(pair.before_latents, NUM_PROBE_SAMPLES, self.generator, jitter=False)
+        draw = self.draw(pair.before_latents, NUM_PROBE_SAMPLES, self.generator, False, CONTRAST_TIMESTEPS)
+        return replace(draw, references=self._contrast_errors(self.tokens.detach()[:0], pair, draw))
+
+    def _next_samples(self) -> tuple[Pair, _Draw]:
+        """The pair whose turn it is, with the noises and time steps of this step."""
+        turn, which = divmod(self.step, len(self.pairs))
+        pair, probe, samples = self.pairs[which], self.probes[which], self.config.num_samples_per_step
+        if self.config.objective != "contrast":
+            return pair, self.draw(pair.before_latents, samples, self.generator)
+        # Of the fixed samples, whose references are known.
+        return pair, probe.part(self.samples_of_turn(turn, samples, len(probe.timesteps)))
+
+    @staticmethod
+    def samples_of_turn(turn: int, samples: int, total: int) -> torch.Tensor:
+        """Which of all samples a step takes: far apart in time, and others from turn to turn, until all have had theirs."""
+        samples = min(samples, total)
+        return ((torch.arange(samples) * total // samples + turn) % total).sort().values
+
+    def _backward(self, pair: Pair, draw: _Draw) -> dict[str, float]:
+        """Leaves the gradient of equation 10, times its scale, in `tokens.grad`; returns the loss and its parts.
+
+        Samples go through the UNet a few at a time, which gives the same gradient in less memory.
+        """
+        config, total, values = self.config, len(draw.timesteps), {}
+        both_pictures = config.objective == "contrast" or config.lambda_before > 0
+        several = max(1, MOST_LEARNED_AT_ONCE // (2 if both_pictures else 1))
+        for indices in torch.arange(total, device="cpu").split(several):
+            share = len(indices) / total
+            with torch.enable_grad():
+                losses = self.losses(self.tokens, pair, draw.part(indices))
+                (losses["loss"] * share * self.gradient_scale).backward()
+            for name, value in losses.items():
+                values[name] = values.get(name, 0.0) + share * float(value.detach())
+        return values
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it in tensors and plain values, which `torch.load(..., weights_only=True)` reads."""
+        """All that the next step depends on, in tensors and plain values, which `torch.load(..., weights_only=True)` reads."""
         return {
             "tokens": self.tokens.detach(),
             "optimizer": self.optimizer.state_dict(),
@@ -1435,10 +1620,10 @@ class _Checkpoint:
                 "seed. Give another path, or delete it."
             )
 
-    def write(self, stand: _Stand) -> None:
+    def write(self, learner: Learner) -> None:
         """Puts this in the place of what the file held."""
         with replacing(self.path) as temporary:
-            torch.save({**self.state, "call": self.call, "stand": stand.state_dict()}, temporary)
+            torch.save({**self.state, "call": self.call, "learner": learner.state_dict()}, temporary)
 
 
 # ------------------------------------------------------------------------------------------------- the pipeline
@@ -2551,7 +2736,7 @@ class DifferenceInversionPipeline(
         state, alike = {} if checkpoint is None else checkpoint.state, self._look_alike(pairs)
         lost, gained = state.get("words", ([], []))
         if state:
-            logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["stand"]["step"])
+            logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["learner"]["step"])
         elif alike:
             logger.warning(
                 "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
@@ -2580,27 +2765,31 @@ class DifferenceInversionPipeline(
         if alike:
             tokens, loss = torch.zeros_like(tokens), 0.0
         else:
-            goal = _Goal(pairs, deltas, config, vocabulary)
-            tokens, loss = self._optimize(tokens, goal, generator, callback, checkpoint)
+            learner = Learner(
+                tokens,
+                pairs,
+                deltas,
+                config,
+                predict=self._predict,
+                clip_features=self._token_features,
+                draw=self._draw,
+                generator=generator,
+                vocabulary=vocabulary,
+                gradient_scale=self._gradient_scale,
+            )
+            self._optimize(learner, callback, checkpoint)
+            tokens, loss = learner.best()
             if not (tokens.any() or lost):  # words that were lost are a change by themselves
                 logger.warning(
                     "No tokens were better than zeros, and the difference will change nothing. Try a lower "
                     "`learning_rate`, more steps, another `init`, or float32."
                 )
-        story = {**vars(config), "steps": config.num_optimization_steps, "loss": f"{loss:.6g}"}
-        del story["num_optimization_steps"]
+        story = {"lost_phrases": "\n".join(lost), "gained_phrases": "\n".join(gained)}
         if hard and not alike:
             tokens, nearest = vocabulary.project(tokens)
             story["token_ids"] = " ".join(map(str, allowed[nearest].tolist()))
-        story |= {
-            "seed": "" if generator is None else generator.initial_seed(),
-            "before_prompt": first.before_prompt,
-            "after_prompt": first.after_prompt,
-            "lost_phrases": "\n".join(lost),
-            "gained_phrases": "\n".join(gained),
-        }
         embeddings = {encoder.token: part.cpu().contiguous() for encoder, part in self._by_encoder(tokens)}
-        return DifferenceTokens(embeddings, self._metadata(story))
+        return DifferenceTokens(embeddings, self._metadata(config, loss, generator, first) | story)
 
     def _find_words(
         self, pairs: list[Pair], most: int, generator: Optional[torch.Generator]
@@ -2622,11 +2811,11 @@ class DifferenceInversionPipeline(
             list(dict.fromkeys(word for pair in pairs for word in unshared_words(*pair.prompts[::order])))
             for order in (1, -1)
         ]
-        proposed = [*said[0], *said[1]]
+        nearest = ([], [])
         if has_clip:
             said, nearest = self._words_along_the_delta(said, pairs)
-            proposed = [*said[0], *said[1], *nearest]
-        search.run(proposed, may_be_shared=[*said[0], *said[1]], most=most)
+        search.run([*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=most)
+        search.look_again([words[:NUM_LIKELY] for words in nearest], most)
         if any(search.found):
             search.verify(verifying)
         search.order(pairs[0].prompts)
@@ -2672,9 +2861,11 @@ class DifferenceInversionPipeline(
         by_one = {word for pair in pairs for order in (1, -1) for word in unshared_words(*pair.prompts[::order])}
         return [word for word in (_written(self.tokenizer, [index]) for index in chosen) if word not in by_one]
 
-    def _words_along_the_delta(self, said: list[list[str]], pairs: list[Pair]) -> tuple[list[list[str]], list[str]]:
-        """Of the prompts' own words those that best fit the images' delta, and the vocabulary's nearest to it and to its
-        opposite.
+    def _words_along_the_delta(
+        self, said: list[list[str]], pairs: list[Pair]
+    ) -> tuple[list[list[str]], list[list[str]]]:
+        """Of the prompts' own words those that best fit the images' delta, and the vocabulary's nearest to its opposite and to
+        it; of either first those of what was lost, and then those of what was gained.
 
         CLIP is quick and shortsighted, so it only proposes words.
         """
@@ -2690,10 +2881,10 @@ class DifferenceInversionPipeline(
         ]
         words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
         if not delta.any() or not len(words):
-            return said, []
+            return said, [[], []]
         likeness, count = self._word_features(encoder, words) @ delta, min(NUM_CLIP_WORDS, len(words))
-        nearest = torch.cat([words[(sign * likeness).topk(count).indices] for sign in (-1, 1)])
-        return said, [_written(self.tokenizer, [index]) for index in nearest.tolist()]
+        nearest = (words[(sign * likeness).topk(count).indices].tolist() for sign in (-1, 1))
+        return said, [[_written(self.tokenizer, [index]) for index in side] for side in nearest]
 
     def _evidence(self, pairs: list[Pair], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
         """The `errors` of a [`WordSearch`] on these pairs, where they differ, on fixed noises and time steps."""
@@ -2708,7 +2899,11 @@ class DifferenceInversionPipeline(
 
         return errors
 
-    def _metadata(self, story: dict[str, Any]) -> dict[str, str]:
+    def _metadata(
+        self, config: LearningConfig, loss: float, generator: Optional[torch.Generator], pair: Pair
+    ) -> dict[str, str]:
+        """What a difference file says of how it was learned."""
+        settings = vars(config).copy()
         own = {
             "format": FILE_FORMAT,
             "format_version": FILE_FORMAT_VERSION,
@@ -2720,8 +2915,13 @@ class DifferenceInversionPipeline(
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "steps": settings.pop("num_optimization_steps"),
+            "loss": f"{loss:.6g}",
+            "seed": "" if generator is None else generator.initial_seed(),
+            "before_prompt": pair.before_prompt,
+            "after_prompt": pair.after_prompt,
         }
-        return {name: str(value) for name, value in (own | story).items()}
+        return {name: str(value) for name, value in (settings | own).items()}
 
     def _base_model(self) -> str:
         """The base model's name; of a local folder only its last part, as difference files are made to be shared."""
@@ -2856,95 +3056,54 @@ class DifferenceInversionPipeline(
         others = randn_tensor(shape, generator=generator, device=device) * RANDOM_INIT_SCALE * spread
         return torch.cat([others, words.to(device)])
 
-    def _optimize(
-        self,
-        tokens: torch.Tensor,
-        goal: _Goal,
-        generator: Optional[torch.Generator],
-        callback: Optional[Callable],
-        checkpoint: Optional[_Checkpoint],
-    ) -> tuple[torch.Tensor, float]:
-        """Minimises equation 10; returns the best tokens, and their loss, on a fixed draw of noises and time steps.
-
-        The loss of a step says more about the noises and time steps that it happened to draw than about the tokens.
-        """
-        tokens, num_steps = tokens.requires_grad_(True), goal.config.num_optimization_steps
-        optimizer, schedule = self._optimizer(tokens, goal.config.learning_rate, max(1, num_steps))
-        stand = _Stand(tokens, optimizer, schedule, generator, [(float("inf"), tokens.detach().clone())])
-        judge_every = max(1, num_steps if goal.config.objective == "contrast" else num_steps // 4)
-        # Gradients of single values are too small for fp16's range; those that overflow instead are left out.
-        half = torch.float16 in (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
-        scale, overflown = 1024.0 if half else 1.0, 0
-        if checkpoint is not None and "stand" in checkpoint.state:
-            stand.load_state_dict(checkpoint.state["stand"])
-        else:
-            stand.probes = [self._probe(pair, goal, generator) for pair in goal.pairs]
+    def _optimize(self, learner: Learner, callback: Optional[Callable], checkpoint: Optional[_Checkpoint]) -> None:
+        """Has the learner take its steps, and lets callbacks, Ctrl-C and checkpoints come between."""
+        num_steps = learner.config.num_optimization_steps
         try:
-            if len(stand.candidates) == 1:
-                self._judge(stand, goal)
+            with self._weights_kept():
+                learner.start(None if checkpoint is None else checkpoint.state.get("learner"))
                 if checkpoint is not None:
-                    checkpoint.write(stand)
-            progress_bar = self.progress_bar(range(stand.step, num_steps))
-            for step in progress_bar:
-                pair, draw = self._next_samples(stand, goal)
-                values = self._backward(tokens, pair, draw, goal, scale)
-                if not math.isfinite(values["loss"]):
-                    self._warn_of_infinity(step, num_steps)
-                    break
-                tokens.grad /= scale
-                if tokens.grad.isfinite().all():
-                    optimizer.step()
-                    schedule.step()
-                else:
-                    overflown += 1
-                optimizer.zero_grad()
-                progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-                if callback is not None:
-                    used = tokens if goal.vocabulary is None else goal.vocabulary.project(tokens)[0]
-                    callback(self, step, {**values, "tokens": used.detach().clone()})
-                stand.step = step + 1
-                if stand.step % judge_every == 0 or stand.step == num_steps or self.interrupt:
-                    self._judge(stand, goal)
-                if self.interrupt:
-                    break
-                if checkpoint is not None and (stand.step % checkpoint.every == 0 or stand.step == num_steps):
-                    checkpoint.write(stand)
+                    checkpoint.write(learner)
+                progress_bar = self.progress_bar(range(learner.step, num_steps))
+                for step in progress_bar:
+                    values = learner.take_step()
+                    if not math.isfinite(values["loss"]):
+                        self._warn_of_infinity(step, num_steps)
+                        break
+                    progress_bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+                    if callback is not None:
+                        used = learner.used_tokens(learner.tokens).detach().clone()
+                        callback(self, step, {**values, "tokens": used})
+                    learner.step = step + 1
+                    if learner.is_to_judge or self.interrupt:
+                        learner.judge()
+                    if self.interrupt:
+                        break
+                    if checkpoint is not None and (learner.step % checkpoint.every == 0 or learner.step == num_steps):
+                        checkpoint.write(learner)
         except KeyboardInterrupt:
             logger.warning(
                 "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
-                min(stand.step + 1, num_steps),  # the last one is judged after it was taken
+                min(learner.step + 1, num_steps),  # the last one is judged after it was taken
                 num_steps,
             )
             self._stopped = True
-            self._judge(stand, goal)
-        if overflown:
+            learner.judge()
+        if learner.num_overflows:
             logger.warning(
                 "Gradients overflowed in %s at %d of %d steps, which were left out. Use bfloat16 or float32.",
                 self.unet.dtype,
-                overflown,
+                learner.num_overflows,
                 num_steps,
             )
-        loss, best = min(stand.candidates, key=lambda candidate: candidate[0])
-        if not np.isfinite(loss):
+        if not math.isfinite(learner.best()[1]):
             logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
-        return best, loss
 
-    def _judge(self, stand: _Stand, goal: _Goal) -> None:
-        """Puts the tokens as they are now among those that may be the best."""
-        tokens = stand.tokens.detach().clone()
-        losses = [
-            float(self._losses(tokens, pair, probe, goal)["loss"])
-            for pair, probe in zip(goal.pairs, stand.probes, strict=True)
-        ]
-        stand.candidates.append((sum(losses) / len(losses), tokens))
-
-    def _next_samples(self, stand: _Stand, goal: _Goal) -> tuple[Pair, _Draw]:
-        """The pair whose turn it is, with the noises and time steps of this step."""
-        turn, which = divmod(stand.step, len(goal.pairs))
-        pair, probe, samples = goal.pairs[which], stand.probes[which], goal.config.num_samples_per_step
-        if goal.config.objective == "contrast":  # of the fixed samples, whose references are known
-            return pair, probe.part(self._turn(turn, samples, len(probe.timesteps)))
-        return pair, self._draw(pair.before_latents, samples, stand.generator)
+    @property
+    def _gradient_scale(self) -> float:
+        """Gradients of single values are too small for fp16's range; those that overflow instead are left out."""
+        dtypes = (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
+        return 1024.0 if torch.float16 in dtypes else 1.0
 
     def _warn_of_infinity(self, step: int, num_steps: int) -> None:
         cure = "Use bfloat16 or float32." if self.unet.dtype == torch.float16 else "Try a lower `learning_rate`."
@@ -2955,67 +3114,6 @@ class DifferenceInversionPipeline(
             self.unet.dtype,
             cure,
         )
-
-    def _backward(self, tokens: torch.Tensor, pair: Pair, draw: _Draw, goal: _Goal, scale: float) -> dict[str, float]:
-        """Leaves the gradient of equation 10, times `scale`, in `tokens.grad`; returns the loss and its parts.
-
-        Samples go through the UNet a few at a time, which gives the same gradient in less memory.
-        """
-        config, total, values = goal.config, len(draw.timesteps), {}
-        both_pictures = config.objective == "contrast" or config.lambda_before > 0
-        several = max(1, MOST_LEARNED_AT_ONCE // (2 if both_pictures else 1))
-        for indices in torch.arange(total, device="cpu").split(several):
-            share = len(indices) / total
-            with torch.enable_grad(), self._weights_kept():
-                losses = self._losses(tokens, pair, draw.part(indices), goal)
-                (losses["loss"] * share * scale).backward()
-            for name, value in losses.items():
-                values[name] = values.get(name, 0.0) + share * float(value)
-        return values
-
-    @staticmethod
-    def _turn(turn: int, samples: int, total: int) -> torch.Tensor:
-        """Which of all samples a step takes: far apart in time, and others from turn to turn, until all have had theirs."""
-        samples = min(samples, total)
-        return ((torch.arange(samples) * total // samples + turn) % total).sort().values
-
-    def _probe(self, pair: Pair, goal: _Goal, generator: Optional[torch.Generator]) -> _Draw:
-        """Fixed noises and time steps to judge tokens on, and for the contrast to learn them on."""
-        if goal.config.objective != "contrast":
-            return self._draw(pair.before_latents, NUM_PROBE_SAMPLES, generator, jitter=False)
-        draw = self._draw(pair.before_latents, NUM_PROBE_SAMPLES, generator, False, CONTRAST_TIMESTEPS)
-        return replace(draw, references=self._contrast_errors(self._rows(None), pair, draw))
-
-    def _contrast_errors(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
-        """The UNet's errors on A and on A' (2, samples), where they differ, under the same prompt and tokens."""
-        prompts = [shared_prompt(*pair.prompts)] * 2
-        prediction, target = self._predict(torch.cat(pair.latents), prompts, tokens.expand(2, -1, -1), draw)
-        return weighted_errors(prediction, target, pair.weights)
-
-    def _optimizer(self, tokens: torch.Tensor, learning_rate: float, num_steps: int) -> tuple:
-        """What takes the steps, and what lowers the learning rate from one to the next."""
-        optimizer = torch.optim.Adam([tokens], lr=learning_rate)
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-
-    def _losses(self, tokens: torch.Tensor, pair: Pair, draw: _Draw, goal: _Goal) -> dict[str, torch.Tensor]:
-        """Equation 10 and its two parts; a part of weight zero is not computed."""
-        losses = {"loss": 0.0}
-        if goal.vocabulary is not None:
-            tokens, _ = goal.vocabulary.project(tokens)
-        weights = goal.config
-        if weights.lambda_clip > 0:
-            pairs = zip(self._token_features(tokens), goal.deltas, strict=True)
-            losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pairs]).mean()
-            losses["loss"] = losses["loss"] + weights.lambda_clip * losses["clip_loss"]
-        if weights.lambda_tc > 0 and weights.objective == "contrast":
-            gains = 1 - self._contrast_errors(tokens, pair, draw) / draw.references
-            losses["contrast_loss"] = contrast_loss(gains[1], gains[0], weights.lambda_contrast)
-            losses["loss"] = losses["loss"] + weights.lambda_tc * losses["contrast_loss"]
-        elif weights.lambda_tc > 0:
-            loss = self._token_consistency_loss(tokens, pair, draw, weights.lambda_before)
-            losses["token_consistency_loss"] = loss
-            losses["loss"] = losses["loss"] + weights.lambda_tc * losses["token_consistency_loss"]
-        return losses
 
     def _token_features(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What is to point where each CLIP's delta does, (dim,): its text embedding of the tokens alone (Figure 3)."""
@@ -3041,17 +3139,6 @@ class DifferenceInversionPipeline(
         places = low + (high - low) * (torch.arange(samples, device="cpu") + places) / samples
         timesteps = places * num_train_timesteps
         return _Draw(noise, timesteps.long().clamp(max=num_train_timesteps - 1).to(device))
-
-    def _token_consistency_loss(
-        self, tokens: torch.Tensor, pair: Pair, draw: _Draw, lambda_before: float
-    ) -> torch.Tensor:
-        """Equations 7 to 9. The prompts are crossed: A's with +D draws A', and that of A' with -D draws A."""
-        prompts, latents, rows = [pair.before_prompt], pair.after_latents, tokens[None]
-        if lambda_before > 0:
-            prompts = [*prompts, pair.after_prompt]
-            latents = torch.cat([latents, pair.before_latents])
-            rows = torch.cat([rows, -rows])
-        return token_consistency_loss(*self._predict(latents, prompts, rows, draw), lambda_before)
 
     def _predict(self, latents, prompts: list[str], rows, draw: _Draw) -> tuple[torch.Tensor, torch.Tensor]:
         """What the UNet says of each of the latents with its prompt and rows, and what it should say.

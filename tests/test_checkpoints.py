@@ -157,7 +157,7 @@ def test_kills_at_any_moment_lose_nothing(pair, tmp_path):
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         if path.is_file():
-            step = torch.load(path, weights_only=True)["stand"]["step"]
+            step = torch.load(path, weights_only=True)["learner"]["step"]
             assert step >= reached
             reached = step
     assert 0 < reached

@@ -22,7 +22,7 @@ from conftest import (
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from world import random_scene, render
 
-from pipeline_difference_inversion import DifferenceInversionPipeline
+from pipeline_difference_inversion import DifferenceInversionPipeline, Learner, LearningConfig, Pair, _Draw
 
 
 class Diary:
@@ -124,6 +124,33 @@ def test_without_a_weight_the_way_back_is_neither_drawn_nor_counted(pipe, pair):
     rows = torch.zeros_like(diary.values("tokens")[0])
     by_hand = float(error_by_hand(pipe, pair["after"], pair["before_prompt"], rows, noise, timesteps))
     assert diary.values("token_consistency_loss")[0] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_learner_needs_no_pipeline():
+    """Of a model that can be worked out by hand: it predicts the mean of its rows everywhere, and what is right is 3."""
+    shape = (1, 1, 2, 2)
+    pair = Pair(None, None, "", "", torch.zeros(shape), torch.ones(shape))
+
+    def predict(latents, prompts, rows, draw):
+        prediction = rows.mean((1, 2)).view(-1, 1, 1, 1, 1).expand(-1, len(draw.timesteps), *latents.shape[1:])
+        return prediction, torch.full_like(prediction, 3.0)
+
+    def draw(latents, samples, generator, jitter=True, stretch=(0, 1)):
+        return _Draw(torch.zeros(samples, *latents.shape[1:]), torch.zeros(samples, dtype=torch.long))
+
+    config = LearningConfig(lambda_clip=0, lambda_tc=2, num_optimization_steps=100, learning_rate=0.1)
+    config = replace(config, objective="consistency", num_samples_per_step=4)
+    learner = Learner(torch.zeros(2, 5), [pair], [], config, predict=predict, clip_features=None, draw=draw)
+    learner.start()
+    assert learner.best()[1] == pytest.approx(2 * 3**2)
+    for step in range(100):
+        learner.take_step()
+        learner.step = step + 1
+        if learner.is_to_judge:
+            learner.judge()
+    tokens, loss = learner.best()
+    assert float(tokens.mean()) == pytest.approx(3, abs=0.05)
+    assert loss == pytest.approx(2 * float(3 - tokens.mean()) ** 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["contrast", "consistency"])
@@ -554,7 +581,7 @@ def test_ctrl_c_while_a_call_draws_keeps_what_was_learned_and_an_ended_call_keep
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 5, 6, 7, 8, 20])
 def test_a_step_takes_samples_that_differ_and_eight_steps_take_them_all(samples):
-    turns = [DifferenceInversionPipeline._turn(turn, samples, 8).tolist() for turn in range(8)]
+    turns = [Learner.samples_of_turn(turn, samples, 8).tolist() for turn in range(8)]
     assert all(len(set(turn)) == len(turn) == min(samples, 8) for turn in turns)
     assert set().union(*turns) == set(range(8))
 

@@ -42,7 +42,7 @@ def test_unshared_words_say_something_and_stand_in_one_prompt_only():
 
 # ---------------------------------------------------------------------------------------- the search, on a toy world
 
-LOUDNESS = {"castle": 0.5, "cabin": 0.5, "storm": 0.04, "day": 0.04, "red": 0.2, "tall": 0.3}
+LOUDNESS = {"castle": 0.5, "cabin": 0.5, "storm": 0.04, "day": 0.04, "red": 0.2, "tall": 0.3, "moon": 0.05}
 SHOWN = ({"cabin", "day", "red", "tall"}, {"castle", "storm", "red", "tall"})  # what A shows, and A'
 
 
@@ -72,7 +72,7 @@ def test_no_more_words_are_found_than_asked_for():
 
 def lucky_errors(phrases: list[str], picture: int) -> torch.Tensor:
     """As `toy_errors`, on noises under which "moon" seems to hold for A'."""
-    luck = torch.tensor([[("moon" in phrase) * (0.5 if picture == 0 else -0.1)] for phrase in phrases])
+    luck = torch.tensor([[("moon" in phrase) * (0.5 if picture == 0 else -0.2)] for phrase in phrases])
     return toy_errors(phrases, picture) + luck
 
 
@@ -106,6 +106,43 @@ def test_a_word_that_helps_both_pictures_is_taken_back():
     found = search("castle", "cabin")
     found.found[1].append("red")
     found.verify(toy_errors)
+    assert found.found == (["cabin"], ["castle"])
+
+
+def hiding_errors(phrases: list[str], picture: int) -> torch.Tensor:
+    """As `toy_errors`, with words of A' that hardly tell the two apart, or do so only where nothing else is said."""
+
+    def more(phrase: str) -> float:
+        words, error = split_words(phrase), 0.0
+        if "fog" in words and picture == 1:
+            error -= 0.12
+        if "dusk" in words and len(words) == 1 and picture == 0:
+            error += 0.8
+        if "noon" in words:  # loud alone, and false beside others
+            error += 0.05 if len(words) > 1 else 0.8 * (picture == 0)
+        return error
+
+    return toy_errors(phrases, picture) + torch.tensor([[more(phrase)] for phrase in phrases])
+
+
+@pytest.mark.parametrize(
+    "likely, gained",
+    [("fog", ["castle", "fog"]), ("dusk", ["castle", "dusk"]), ("noon", ["castle"]), ("red", ["castle"])],
+)
+def test_a_word_that_is_likely_is_found_though_louder_ones_hide_it(likely, gained):
+    found = WordSearch(hiding_errors)
+    found.run(["castle", "cabin"], may_be_shared=(), most=4)
+    found.look_again([["moon"], [likely]], most=4)
+    assert found.found == (["cabin"], gained)
+    found.verify(hiding_errors)
+    assert found.found == (["cabin"], gained)
+
+
+def test_a_likely_word_is_not_taken_for_the_other_side_nor_where_there_is_no_room():
+    found = WordSearch(hiding_errors)
+    found.run(["castle", "cabin"], may_be_shared=(), most=4)
+    found.look_again([["fog"], []], most=4)
+    found.look_again([[], ["fog"]], most=1)
     assert found.found == (["cabin"], ["castle"])
 
 
