@@ -906,7 +906,8 @@ class DifferenceInversionPipelineOutput(BaseOutput):
     """
     Attributes:
         images: the answers B', query by query: PIL images, or an array or tensor by `output_type`.
-        difference: the difference tokens as they were learned; or those given, as applied, with their scales in them.
+        difference: the difference that was applied, learned or given, without its scale: of several given ones their sum, and
+            None where words alone changed the query.
     """
 
     images: Union[list[Image.Image], np.ndarray, torch.Tensor]
@@ -1178,7 +1179,7 @@ class _Encoder:
 class _Condition:
     """What the UNet is told of a prompt: its embeddings (batch, length, dim), and SDXL's pooled ones (batch, dim)."""
 
-    prompt_embeds: torch.Tensor
+    prompt_embeds: Optional[torch.Tensor]
     pooled_prompt_embeds: Optional[torch.Tensor] = None
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "_Condition":
@@ -2067,24 +2068,40 @@ class DifferenceInversionPipeline(
         if mask_image is not None:
             self._check_mask(mask_image, images, inversion)
 
-    @staticmethod
-    def _split_learning_kwargs(given: dict[str, Any], complete_prompts: bool) -> tuple[dict[str, Any], LearningConfig]:
-        """A call's `learning_kwargs` as what [`invert_difference`] has itself, and the rest as a config, which is checked."""
-        if not isinstance(given, dict):
+    def _learning_options(
+        self,
+        befores: list,
+        afters: list,
+        given: Optional[dict[str, Any]],
+        complete_prompts: bool,
+        generator,
+        asked: dict,
+    ) -> dict[str, Any]:
+        """A call's `learning_kwargs`, checked, as keywords of [`invert_difference`], with the `asked` prompts and size."""
+        if not isinstance(given, (dict, type(None))):
             raise TypeError(f"`learning_kwargs` must be a dictionary, and is a {type(given).__name__}.")
         own = ("callback_on_optimization_step", "checkpoint", "checkpointing_steps")
-        settings = [setting.name for setting in fields(LearningConfig)]
+        settings, given = [setting.name for setting in fields(LearningConfig)], given or {}
         unknown = [name for name in given if name not in (*own, *settings)]
         if unknown:
             raise ValueError(f"`learning_kwargs` has {unknown}; known are {[*settings, *own]}.")
         config = {"complete_prompts": complete_prompts} | {name: given[name] for name in settings if name in given}
-        return {name: given[name] for name in own if name in given}, LearningConfig(**config)
+        config = LearningConfig(**config)
+        if befores or afters:
+            self.check_learning_inputs(befores, afters, config, **asked)
+            kept = {name: given[name] for name in own[1:] if name in given}
+            self._open_checkpoint(befores, afters, config, generator=first_of(generator), **asked, **kept)
+        elif given:
+            logger.warning("`learning_kwargs` has no effect without a pair, `before` and `after`, to learn from.")
+        return {**asked, **given, **vars(config)}
 
-    @staticmethod
-    def _check_what_to_apply(
-        difference, difference_scale, negative_difference, learns: bool, by_words_alone: bool
-    ) -> None:
-        """Raises `ValueError` unless there is one thing to apply, and one scale for each of several."""
+    def _differences_to_apply(
+        self, difference, difference_scale, negative_difference, *, learns: bool, by_words_alone: bool
+    ) -> tuple[list[tuple[DifferenceTokens, float]], list[tuple[DifferenceTokens, float]]]:
+        """The differences that a call is given, and the negative ones, with their scales.
+
+        Raises `ValueError` unless there is one thing to apply, and one scale for each of several.
+        """
         if difference is None and negative_difference is None and not learns and not by_words_alone:
             raise ValueError(
                 "`difference` is missing: give difference tokens or a difference file, or a pair of images "
@@ -2098,6 +2115,10 @@ class DifferenceInversionPipeline(
         count = len(difference) if isinstance(difference, (list, tuple)) else 1
         if several and len(difference_scale) != count:
             raise ValueError(f"`difference_scale` has {len(difference_scale)} scales for {count} differences.")
+        positive = [] if difference is None else self._resolve_difference(difference, difference_scale)
+        if negative_difference is None:
+            return positive, []
+        return positive, self._resolve_difference(negative_difference, 1.0, "negative_difference")
 
     def _check_noise(self, generator, latents, batch_size: int, size: tuple[int, int], inverted: bool) -> None:
         self._check_generator(generator)
@@ -2410,25 +2431,47 @@ class DifferenceInversionPipeline(
 
     @taking_turns
     def encode_prompt(
-        self, prompts: Union[str, list[str]], rows: Optional[torch.Tensor] = None
-    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Encodes [P; D]: each prompt, then its rows, then the end token.
+        self,
+        prompt: Union[str, list[str]],
+        device: Optional[torch.device] = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: Optional[Union[str, list[str]]] = None,
+        *,
+        difference: Optional[Union[DifferenceTokens, str, os.PathLike]] = None,
+    ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Encodes [P; D]: each prompt, then the difference tokens, then the end token.
 
-        A prompt that leaves too little room is shortened; the rows never are.
+        A prompt that leaves too little room is shortened; the tokens never are. What is returned is what stock pipelines take
+        as arguments, so that the difference works in them too.
 
         Args:
-            prompts: `batch` strings.
-            rows: difference tokens, (batch, num_tokens, dim), or None; of SDXL the first text encoder's and the second's
-                side by side.
+            prompt: one or several.
+            device: of what is returned; by default the pipeline's.
+            num_images_per_prompt: how many times each prompt is wanted.
+            do_classifier_free_guidance: whether negative embeddings are wanted.
+            negative_prompt: for these; by default the empty prompt, of which SDXL may have zeros.
+            difference: tokens or a difference file; none by default.
 
         Returns:
-            The text encoder's hidden states, (batch, length, dim), in the UNet's dtype; of SDXL those of both encoders
-            side by side, and with them the second's pooled embeddings, (batch, dim).
+            `prompt_embeds`, `negative_prompt_embeds`, (batch, length, dim) each in the UNet's dtype, and SDXL's
+            `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`, (batch, dim); None for those that there are not.
         """
-        condition = self._condition(as_list(prompts), rows)
-        if condition.pooled_prompt_embeds is None:
-            return condition.prompt_embeds
-        return condition.prompt_embeds, condition.pooled_prompt_embeds
+        prompts, negative = as_list(prompt), _Condition(None)
+        rows = self._rows(None if difference is None else self._check_difference(difference, "difference"))
+        condition = self._condition(prompts, rows.expand(len(prompts), -1, -1)).repeat(num_images_per_prompt)
+        if do_classifier_free_guidance:
+            negative_prompts = self._repeated(negative_prompt or "", len(prompts))
+            negative = self._condition(negative_prompts).repeat(num_images_per_prompt)
+            if negative_prompt is None:
+                negative = self._nothing(negative)
+        embeds = (getattr(c, name) for name in vars(condition) for c in (condition, negative))
+        return tuple(None if each is None else each.to(device or each.device) for each in embeds)
+
+    def _nothing(self, empty: _Condition) -> _Condition:
+        """What guidance leads away from where nothing is asked: the empty prompt, or zeros for SDXL where it says so."""
+        zeros = self.text_encoder_2 is not None and self.config.force_zeros_for_empty_prompt
+        return empty.each(torch.zeros_like) if zeros else empty
 
     def _condition(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> _Condition:
         rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
@@ -3353,10 +3396,7 @@ class DifferenceInversionPipeline(
             negative_prompts = source_prompts
         negatives = [self._way(difference, scale, False) for difference, scale in negative_differences]
         baseline = self._along(negative_prompts, negatives, len(negatives))
-        is_xl = self.text_encoder_2 is not None
-        if is_xl and self.config.force_zeros_for_empty_prompt and nothing_negative:
-            baseline = baseline.each(torch.zeros_like)
-        return _Guidance(stages, shares, own, baseline)
+        return _Guidance(stages, shares, own, self._nothing(baseline) if nothing_negative else baseline)
 
     def _way(self, difference: DifferenceTokens, scale: float, replace_phrases: bool) -> _Way:
         """What a difference says, forwards or, with a negative scale, backwards."""
@@ -3581,18 +3621,17 @@ class DifferenceInversionPipeline(
             [] if given is None else as_pictures(given, name)
             for name, given in (("image", image), ("before", before), ("after", after))
         )
+        path = {"inversion": inversion, "num_inference_steps": num_inference_steps, "strength": strength}
         self.check_inputs(
             images,
+            **path,
             prompt=prompt,
             source_prompt=source_prompt,
             negative_prompt=negative_prompt,
             mask_image=mask_image,
             height=height,
             width=width,
-            num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            inversion=inversion,
-            strength=strength,
             eta=eta,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
@@ -3600,33 +3639,20 @@ class DifferenceInversionPipeline(
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        learns = bool(befores or afters)
-        by_words_alone = bool(images) and None not in (prompt, source_prompt)
-        self._check_what_to_apply(difference, difference_scale, negative_difference, learns, by_words_alone)
-        learning, config = self._split_learning_kwargs(learning_kwargs or {}, complete_prompts)
+        learns, by_words_alone = bool(befores or afters), bool(images) and None not in (prompt, source_prompt)
         asked = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
-        if learns:
-            self.check_learning_inputs(befores, afters, config, **asked)
-            kept = {name: learning[name] for name in ("checkpoint", "checkpointing_steps") if name in learning}
-            self._open_checkpoint(
-                befores, afters, config, generator=first_of(generator), **asked, **kept
-            )  # only to check
-        elif learning_kwargs:
-            logger.warning("`learning_kwargs` has no effect without a pair, `before` and `after`, to learn from.")
-        differences, negative_differences = [], []
-        if difference is not None:
-            differences = self._resolve_difference(difference, difference_scale)
-            difference = sum((d for d, _ in differences[1:]), differences[0][0])
-        if negative_difference is not None:
-            negative_differences = self._resolve_difference(negative_difference, 1.0, "negative_difference")
+        differences, negative_differences = self._differences_to_apply(
+            difference, difference_scale, negative_difference, learns=learns, by_words_alone=by_words_alone
+        )
+        learning = self._learning_options(befores, afters, learning_kwargs, complete_prompts, generator, asked)
         if guidance_scale is None:
-            guidance_scale = 7.5 if image is None else 1.0
+            guidance_scale = 1.0 if images else 7.5
         for name, given in (("negative_prompt", negative_prompt), ("negative_difference", negative_difference)):
             if guidance_scale == 1 and given is not None:
                 logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
-        inversion = None if image is None else inversion
+        path["inversion"] = inversion if images else None
         if eta is None:
-            eta = DDPM_ETA if inversion == "ddpm" else 0.0
+            eta = DDPM_ETA if path["inversion"] == "ddpm" else 0.0
 
         # 2. The queries' prompts, if they are not given
         (prompts,) = self._write_prompts((images, prompt))
@@ -3634,13 +3660,12 @@ class DifferenceInversionPipeline(
         # 3. Learn the difference, if it is not given
         self.interrupted_difference = None
         if learns:
-            difference = self.invert_difference(
-                befores, afters, **asked, generator=generator, **learning, **vars(config)
-            )
-            self.interrupted_difference = difference  # until the call has ended
+            learned = self.invert_difference(befores, afters, generator=generator, **learning)
+            self.interrupted_difference = learned  # until the call has ended
             if self._stopped:
                 raise KeyboardInterrupt("What was learned is `pipe.interrupted_difference`.")
-            differences = self._resolve_difference(difference, difference_scale)
+            differences = self._resolve_difference(learned, difference_scale)
+        applied = sum((d for d, _ in differences[1:]), differences[0][0]) if differences else None
         self._interrupt, self._guidance_scale = False, guidance_scale
 
         # 4. Words for what the queries' prompts leave unsaid
@@ -3662,44 +3687,26 @@ class DifferenceInversionPipeline(
         )
 
         # 6. Where denoising begins
-        start = self._start(
-            queries,
-            guidance.own,
-            size=size,
-            inversion=inversion,
-            num_inference_steps=num_inference_steps,
-            strength=strength,
-            eta=eta,
-            copies=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-        )
+        noise = {"eta": eta, "generator": generator}
+        copies = num_images_per_prompt
+        start = self._start(queries, guidance.own, size=size, copies=copies, latents=latents, **path, **noise)
         self._num_timesteps = len(start.timesteps)
-        guidance = guidance.repeat(num_images_per_prompt)
+        guidance = guidance.repeat(copies)
         mask = self._mask(mask_image, images, size, start, guidance.stages[-1], guidance.own)
 
         # 7. Denoise along the difference
         places = None if mask is None else F.max_pool2d(mask, self.vae_scale_factor) > 0
-        latents = self._denoise(
-            start,
-            guidance,
-            mask=places,
-            eta=eta,
-            generator=generator,
-            callback=callback_on_step_end,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        call_back = {"callback": callback_on_step_end, "tensor_inputs": callback_on_step_end_tensor_inputs}
+        latents = self._denoise(start, guidance, mask=places, **noise, **call_back)
 
         # 8. Pixels
-        answers = latents
-        if output_type != "latent":
-            own = None if mask is None else self._pixels(images, size)
-            answers = self._pictures(latents, mask, own, output_type)
+        own = None if mask is None or output_type == "latent" else self._pixels(images, size)
+        answers = latents if output_type == "latent" else self._pictures(latents, mask, own, output_type)
         self.maybe_free_model_hooks()
         self.interrupted_difference = None
         if not return_dict:
-            return answers, difference
-        return DifferenceInversionPipelineOutput(images=answers, difference=difference)
+            return answers, applied
+        return DifferenceInversionPipelineOutput(images=answers, difference=applied)
 
 
 def _chunks(items: list, size: int) -> list[list]:

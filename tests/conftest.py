@@ -213,6 +213,12 @@ def rows_of(difference) -> torch.Tensor:
     return rows
 
 
+def embedded(pipe, prompts, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The text encoder's hidden states (batch, length, dim) of prompts that end in rows (num_tokens, dim)."""
+    difference = None if rows is None else DifferenceTokens({"<difference>": rows})
+    return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, difference=difference)[0]
+
+
 LEARNING = {*LearningConfig.__dataclass_fields__, "callback_on_optimization_step"}
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from backbones import build_backbone
-from conftest import PIPELINE_FILE, analogy, forward_calls, logged, picture, seeded, watched
+from conftest import PIPELINE_FILE, analogy, embedded, forward_calls, logged, picture, seeded, watched
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -130,13 +130,17 @@ def test_the_users_log_is_quiet_on_every_backbone(any_pipe, pair):
 
 def test_prompts_are_encoded_as_by_stock_diffusers(any_pipe):
     prompts = ["a red cabin on grass", ""]
-    ours = any_pipe.encode_prompt(prompts)
-    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    theirs = stock(any_pipe).encode_prompt(prompts, **options)
-    if any_pipe.text_encoder_2 is None:
-        torch.testing.assert_close(ours, theirs[0])
-    else:
-        torch.testing.assert_close(ours, (theirs[0], theirs[2]))
+    options = {"device": "cpu", "num_images_per_prompt": 2, "do_classifier_free_guidance": True}
+    for negative in (None, "a boat"):
+        ours = any_pipe.encode_prompt(prompts, **options, negative_prompt=negative)
+        theirs = stock(any_pipe).encode_prompt(prompts, **options, negative_prompt=negative and [negative] * 2)
+        if any_pipe.text_encoder_2 is None:
+            theirs = (*theirs, None, None)
+        for own, expected in zip(ours, theirs, strict=True):
+            assert (own is None) == (expected is None)
+            if own is not None:
+                torch.testing.assert_close(own, expected)
+    assert any_pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[1] is None
 
 
 def test_text_to_image_is_stock_diffusers_with_the_difference_as_textual_inversion(any_pipe, pair, tmp_path):
@@ -154,7 +158,7 @@ def test_text_to_image_is_stock_diffusers_with_the_difference_as_textual_inversi
             parts = {part: getattr(theirs, f"{part}{suffix}") for part in ("text_encoder", "tokenizer")}
             theirs.load_textual_inversion(rows[name], token="<difference>", **parts)
         # Stock SDXL pools at the highest token id, which an added token has, and not at the end of the text.
-        _, pooled = pipe.encode_prompt(["a cabin"], joined(difference.embeddings)[None])
+        pooled = pipe.encode_prompt("a cabin", difference=difference)[2]
         embeds = theirs.encode_prompt(**told, device="cpu", do_classifier_free_guidance=False)[0]
         told = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
     torch.testing.assert_close(ours, theirs(**told, **options, generator=seeded()).images, atol=1e-3, rtol=1e-3)
@@ -163,9 +167,8 @@ def test_text_to_image_is_stock_diffusers_with_the_difference_as_textual_inversi
 def test_differences_that_are_words_work_on_every_backbone(any_pipe, pair):
     difference = learn(any_pipe, pair, projection="hard")
     assert len(difference.to_text(any_pipe.tokenizer).split()) == 4
-    rows = joined(difference.embeddings)[None]
-    said = any_pipe.encode_prompt([f"a cabin {difference.to_text(any_pipe.tokenizer)}"])
-    torch.testing.assert_close(any_pipe.encode_prompt(["a cabin"], rows), said)
+    said = any_pipe.encode_prompt(f"a cabin {difference.to_text(any_pipe.tokenizer)}")
+    torch.testing.assert_close(any_pipe.encode_prompt("a cabin", difference=difference), said)
 
 
 # ------------------------------------------------------------------------------------------------------- SDXL
@@ -501,8 +504,8 @@ def test_textual_inversions_are_understood_in_prompts_and_do_not_unsettle_clip(p
         each.load_textual_inversion(cat)
     prompts = ["a red <cat> on grass"]
     expected, _ = theirs.encode_prompt(prompts, "cpu", 1, False)
-    torch.testing.assert_close(pipe.encode_prompt(prompts), expected)
-    assert (expected - pipe.encode_prompt(["a red on grass"])).abs().max() > 0.1
+    torch.testing.assert_close(embedded(pipe, prompts), expected)
+    assert (expected - embedded(pipe, ["a red on grass"])).abs().max() > 0.1
     difference = learn(pipe, pair | {"after_prompt": "a red <cat>"}, projection="soft")
     assert joined(difference.embeddings).isfinite().all()
 

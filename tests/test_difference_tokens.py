@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, WIDTH, build_components, build_pipeline, random_tokens, rows_of, seeded
+from conftest import ROOT, WIDTH, build_components, build_pipeline, embedded, random_tokens, rows_of, seeded
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -394,9 +394,9 @@ def test_stock_stable_diffusion_loads_a_learned_difference_and_understands_it_as
     stock.load_textual_inversion(str(path))
 
     theirs, _ = stock.encode_prompt("a blue cabin <difference>", "cpu", 1, False)
-    ours = pipe.encode_prompt(["a blue cabin"], rows_of(difference)[None])
+    ours = embedded(pipe, ["a blue cabin"], rows_of(difference))
     torch.testing.assert_close(ours, theirs)
-    without = pipe.encode_prompt(["a blue cabin"])
+    without = embedded(pipe, ["a blue cabin"])
     assert (ours - without).abs().max() > 0.1
 
 

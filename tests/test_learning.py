@@ -13,6 +13,7 @@ from conftest import (
     analogy,
     build_captioner,
     build_pipeline,
+    embedded,
     forward_calls,
     logged,
     picture,
@@ -64,7 +65,7 @@ def error_by_hand(pipe, image, prompt, rows, noise, timesteps) -> torch.Tensor:
     """The UNet's mean squared error on an image under a prompt that ends in rows (equations 7 and 8)."""
     latents = latents_of(pipe, image)
     signal, spread = signal_and_noise(pipe, timesteps)
-    embeds = pipe.encode_prompt([prompt], rows[None]).expand(len(timesteps), -1, -1)
+    embeds = embedded(pipe, [prompt], rows).expand(len(timesteps), -1, -1)
     prediction = pipe.unet(signal * latents + spread * noise, timesteps, encoder_hidden_states=embeds).sample
     velocity = signal * noise - spread * latents
     target = velocity if pipe.scheduler.config.prediction_type == "v_prediction" else noise
@@ -228,7 +229,7 @@ def contrast_by_hand(pipe, pair, rows, noise, timesteps, weights) -> float:
     def errors(image, tokens) -> torch.Tensor:
         latents = latents_of(pipe, image)
         signal, spread = signal_and_noise(pipe, timesteps)
-        embeds = pipe.encode_prompt([""], tokens[None]).expand(len(timesteps), -1, -1)
+        embeds = embedded(pipe, [""], tokens).expand(len(timesteps), -1, -1)
         prediction = pipe.unet(signal * latents + spread * noise, timesteps, encoder_hidden_states=embeds).sample
         return ((prediction - noise).square().mean(1) * weights).mean((1, 2))
 
@@ -333,8 +334,8 @@ def test_a_pair_that_only_loses_a_word_is_learned_without_complaint(steps):
 def test_hard_tokens_are_words_that_say_the_same_as_text(pipe, pair, init):
     difference = learn(pipe, pair, init=init, projection="hard", num_tokens=3)
     text = difference.to_text(pipe.tokenizer)
-    written = pipe.encode_prompt([f"a red cabin {text}"])
-    torch.testing.assert_close(pipe.encode_prompt(["a red cabin"], rows_of(difference)[None]), written)
+    written = embedded(pipe, [f"a red cabin {text}"])
+    torch.testing.assert_close(embedded(pipe, ["a red cabin"], rows_of(difference)), written)
 
 
 def test_hard_tokens_are_words_while_they_are_learned_too(pipe, pair):

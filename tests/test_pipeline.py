@@ -18,6 +18,7 @@ from conftest import (
     build_components,
     build_pipeline,
     build_tokenizer,
+    embedded,
     forward_calls,
     logged,
     picture,
@@ -104,7 +105,7 @@ def models_of(pipe) -> list[torch.nn.Module]:
 @torch.no_grad()
 def reconstruction(pipe, image, prompt: str) -> torch.Tensor:
     """An image taken up DDIM's path and down again by stock schedulers, under its prompt."""
-    embeds = pipe.encode_prompt([prompt])
+    embeds = embedded(pipe, [prompt])
     latents = latents_of(pipe, image)
     for family in (DDIMInverseScheduler, DDIMScheduler):
         scheduler = family.from_config(pipe.scheduler.config)
@@ -216,7 +217,7 @@ def one_step(pipe, noise: torch.Tensor, mixture: list[tuple[float, str, torch.Te
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(1)
     (t,) = scheduler.timesteps
-    embeds = [pipe.encode_prompt([prompt], None if rows is None else rows[None]) for _, prompt, rows in mixture]
+    embeds = [embedded(pipe, [prompt], rows) for _, prompt, rows in mixture]
     predictions = [pipe.unet(noise, t, encoder_hidden_states=each).sample for each in embeds]
     total = sum(share * each for (share, _, _), each in zip(mixture, predictions, strict=True))
     return scheduler.step(total, t, noise).prev_sample
@@ -389,7 +390,7 @@ def test_rows_stand_whole_between_the_prompt_and_its_end(pipe, prompt):
     embeddings = pipe.text_encoder.text_model.embeddings if hasattr(pipe.text_encoder, "text_model") else None
     embeddings = embeddings or pipe.text_encoder.embeddings
     with forward_calls(embeddings) as calls:
-        pipe.encode_prompt([prompt], rows[None])
+        embedded(pipe, [prompt], rows)
     window = (calls[0][3] - embeddings.position_embedding.weight).detach()[0]  # what stands at each position
     words = pipe.tokenizer(prompt, add_special_tokens=False).input_ids[: 40 - 2 - 5]
     vocabulary = pipe.text_encoder.get_input_embeddings().weight.detach()
@@ -435,8 +436,8 @@ def test_a_difference_takes_the_place_of_what_the_prompt_of_the_image_before_sai
     """The query itself is described by what will be replaced, where the tokens will stand."""
     tokens = DifferenceTokens(random_tokens().embeddings, dict(CASTLE))
     seen = embeddings_seen(pipe, **{"prompt": "a blue cabin by day", "difference": tokens} | options)
-    torch.testing.assert_close(seen["prompt_embeds"], pipe.encode_prompt([changed], rows_of(tokens)[None]))
-    torch.testing.assert_close(seen["negative_prompt_embeds"], pipe.encode_prompt([own]))
+    torch.testing.assert_close(seen["prompt_embeds"], embedded(pipe, [changed], rows_of(tokens)))
+    torch.testing.assert_close(seen["negative_prompt_embeds"], embedded(pipe, [own]))
 
 
 def test_the_log_says_how_a_prompt_is_changed(pipe):
@@ -452,17 +453,15 @@ def test_the_way_back_puts_the_lost_words_in_the_place_of_the_gained_ones(pipe):
     tokens = DifferenceTokens(random_tokens().embeddings, dict(CASTLE))
     for options in ({"difference": tokens, "difference_scale": -1}, {"difference": -tokens}):
         seen = embeddings_seen(pipe, **options, prompt="a blue castle by day")
-        torch.testing.assert_close(seen["prompt_embeds"], pipe.encode_prompt(["a blue by day cabin on snow"]))
-        torch.testing.assert_close(
-            seen["negative_prompt_embeds"], pipe.encode_prompt(["a blue by day castle on grass"])
-        )
+        torch.testing.assert_close(seen["prompt_embeds"], embedded(pipe, ["a blue by day cabin on snow"]))
+        torch.testing.assert_close(seen["negative_prompt_embeds"], embedded(pipe, ["a blue by day castle on grass"]))
 
 
 def test_a_difference_of_zeros_takes_its_words_out_of_the_prompt_and_adds_nothing(pipe):
     tokens = DifferenceTokens({"<difference>": torch.zeros(1, WIDTH)}, {"lost_phrases": "by day"})
     seen = embeddings_seen(pipe, difference=tokens, prompt="a blue cabin by day")
-    torch.testing.assert_close(seen["prompt_embeds"], pipe.encode_prompt(["a blue cabin"]))
-    torch.testing.assert_close(seen["negative_prompt_embeds"], pipe.encode_prompt(["a blue cabin by day"]))
+    torch.testing.assert_close(seen["prompt_embeds"], embedded(pipe, ["a blue cabin"]))
+    torch.testing.assert_close(seen["negative_prompt_embeds"], embedded(pipe, ["a blue cabin by day"]))
 
 
 def test_a_caption_of_500_words_does_not_push_the_difference_out(pipe):
@@ -494,7 +493,7 @@ def test_shortening_a_prompt_is_said(pipe):
 def test_prompts_are_encoded_with_the_text_encoder_alone(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     alone = DifferenceInversionPipeline.from_pretrained(tmp_path, unet=None, vae=None, clip=None)
-    torch.testing.assert_close(alone.encode_prompt("a red cabin"), pipe.encode_prompt("a red cabin"))
+    torch.testing.assert_close(embedded(alone, "a red cabin"), embedded(pipe, "a red cabin"))
     with pytest.raises(ValueError, match="`unet` is missing"):
         apply(alone)
 
@@ -502,13 +501,13 @@ def test_prompts_are_encoded_with_the_text_encoder_alone(pipe, tmp_path):
 def test_a_prompt_without_rows_is_encoded_as_by_stock_stable_diffusion(pipe):
     prompts = ["a red cabin on snow", "a boat", ""]
     theirs, _ = stock_pipeline().encode_prompt(prompts, "cpu", 1, False)
-    torch.testing.assert_close(pipe.encode_prompt(prompts), theirs)
+    torch.testing.assert_close(embedded(pipe, prompts), theirs)
 
 
 def test_each_prompt_of_a_batch_has_its_own_rows(pipe):
     prompts, rows = ["a red cabin on snow", "a boat"], torch.randn(2, 3, WIDTH, generator=seeded())
-    alone = [pipe.encode_prompt([prompt], own[None]) for prompt, own in zip(prompts, rows, strict=True)]
-    torch.testing.assert_close(pipe.encode_prompt(prompts, rows), torch.cat(alone))
+    alone = [embedded(pipe, [prompt], own) for prompt, own in zip(prompts, rows, strict=True)]
+    torch.testing.assert_close(pipe._condition(prompts, rows).prompt_embeds, torch.cat(alone))
 
 
 # --------------------------------------------------------------------------------------------- what comes out

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import WIDTH, build_pipeline, picture, random_tokens, rows_of, seeded
+from conftest import WIDTH, build_pipeline, embedded, picture, random_tokens, rows_of, seeded
 
 from pipeline_difference_inversion import DifferenceInversionPipeline, inserted_rows
 
@@ -55,7 +55,7 @@ def test_one_pipeline_learns_while_another_over_the_same_models_draws(pipe, pair
     other.set_progress_bar_config(disable=True)
 
     def encode() -> torch.Tensor:
-        return torch.cat([other.encode_prompt(["a cabin"]) for _ in range(20)])
+        return torch.cat([embedded(other, ["a cabin"]) for _ in range(20)])
 
     expected = [learn(pipe, pair), draw(pipe, 1), encode()]
     got = in_threads(lambda: learn(pipe, pair), lambda: draw(other, 1), encode)
@@ -66,12 +66,12 @@ def test_a_callback_may_use_the_pipeline(pipe):
     seen = []
 
     def look(pipe, step, t, tensors):
-        seen.append(pipe.encode_prompt(["a castle"]))
+        seen.append(embedded(pipe, ["a castle"]))
         return {}
 
     options = {"prompt": "a cabin", "difference": random_tokens(), "num_inference_steps": 2, "output_type": "latent"}
     pipe(**options, callback_on_step_end=look)
-    assert torch.equal(seen[0], pipe.encode_prompt(["a castle"]))
+    assert torch.equal(seen[0], embedded(pipe, ["a castle"]))
 
 
 def test_another_threads_call_of_the_text_encoder_has_no_rows(pipe):
@@ -87,14 +87,14 @@ def test_another_threads_call_of_the_text_encoder_has_no_rows(pipe):
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_text_encoder_that_was_compiled_before_takes_the_rows(pipe, in_place):
-    rows = torch.randn(1, 2, WIDTH, generator=seeded())
-    expected = pipe.encode_prompt(["a cabin"], rows)
+    rows = torch.randn(2, WIDTH, generator=seeded())
+    expected = embedded(pipe, ["a cabin"], rows)
     if in_place:
         pipe.text_encoder.compile(backend="eager")
     else:
         pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
     pipe.text_encoder(torch.tensor([[1, 2, 3]]))
-    torch.testing.assert_close(pipe.encode_prompt(["a cabin"], rows), expected)
+    torch.testing.assert_close(embedded(pipe, ["a cabin"], rows), expected)
 
 
 def test_a_text_encoder_that_ignores_the_rows_is_refused(pipe):
