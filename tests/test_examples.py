@@ -31,6 +31,7 @@ from benchmark import (
     read_answers,
     summary_table,
 )
+from components import XL_COMPONENTS, build_instruct_unet, decode, encode, save_component, to_pil, to_signed
 from conftest import build_clip, build_tokenizer
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import load_image
@@ -38,18 +39,8 @@ from PIL import Image
 from questions import draw_questions, with_fillers
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train import (
-    XL_COMPONENTS,
-    build_instruct_unet,
-    clip_near_misses,
-    clip_restated,
-    decode,
-    draw,
-    encode,
-    save_component,
-    to_pil,
-    to_signed,
-)
+from scores import clip_near_misses, clip_restated
+from training import draw
 from transformers import BitImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 

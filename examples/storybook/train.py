@@ -25,8 +25,6 @@ precision and with averaged weights, to the model folder, so that a half-trained
 """
 
 import argparse
-import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -35,31 +33,46 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from PIL import Image
+from components import (
+    HERE,
+    IMAGE_SIZE,
+    MAX_TOKENS,
+    WIDTH_2,
+    build_captioner,
+    build_captioner_tokenizer,
+    build_clip,
+    build_scheduler,
+    build_unet,
+    build_unet_xl,
+    build_vae,
+    decode,
+    encode,
+    load_component,
+    save_component,
+    to_clip,
+    to_signed,
+    write_model_index,
+    write_text,
+)
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from scores import psnr, stage_evaluate
 from tqdm import tqdm
+from train_instruct import stage_edits, stage_instruct
+from training import begin, draw, fit, jitter, load_pictures, load_scenes, spread_times, token_ids
 from transformers import (
-    BertTokenizer,
-    BlipConfig,
     BlipForConditionalGeneration,
     BlipImageProcessor,
     BlipProcessor,
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
@@ -67,53 +80,14 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene, render, restatement
+from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene
 
 
-HERE = Path(__file__).parent
-MAX_TOKENS = 40  # the longest varied caption fits; Stable Diffusion's 77 would only cost time
 VOCABULARY_SIZE = 500
-WIDTH = 128  # of CLIP, of its text encoder, and so of the UNet's cross-attention
-WIDTH_2 = 96  # of Storybook-XL's second one
-TIME_WIDTH = 32  # of each of the six numbers that tell SDXL's kind of UNet how large the picture is
 CROP = 64  # the VAE is convolutional: it learns on crops, at a quarter of the cost
-TOWER = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4, "projection_dim": WIDTH}
-IMAGE_TOWER = {"num_hidden_layers": 4, "image_size": PICTURE_SIZE, "patch_size": 16}
-IMAGE_SIZE = {"height": PICTURE_SIZE, "width": PICTURE_SIZE}  # as processors want it
-VAE_CHANNELS = (32, 64, 128, 128)
-UNET_CHANNELS = (96, 128, 192)
-CHECKPOINT_SECONDS = 180
-LOG_EVERY, MEASURE_EVERY = 50, 500
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a training stage uses where the command line says nothing."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-
-
-RECIPES = {
-    "clip": Recipe(9000, 64, 1e-3),
-    "vae": Recipe(6000, 8, 1e-3),
-    "decoder": Recipe(2200, 8, 4e-4),
-    "unet": Recipe(21000, 32, 6e-4),
-    "captioner": Recipe(1600, 64, 1e-3),
-    "instruct": Recipe(4500, 32, 3e-4),
-    "clip_2": Recipe(3000, 64, 1e-3),
-    "unet_xl": Recipe(2000, 32, 4e-4),
-}
-
-
-# ------------------------------------------------------------------------------------------ pictures and scenes
-
-
-def draw(scene: Scene) -> np.ndarray:
-    """One picture as `[128, 128, 3]` bytes."""
-    return np.asarray(render(scene).convert("RGB"))
+# ------------------------------------------------------------------------------------------------------ pictures
 
 
 def stage_pictures(options: argparse.Namespace) -> None:
@@ -135,233 +109,6 @@ def stage_pictures(options: argparse.Namespace) -> None:
     pictures.flush()
     write_text(scenes_path, json.dumps([dataclasses.asdict(scene) for scene in scenes]))
     os.replace(temporary, pictures_path)
-
-
-def load_scenes(options: argparse.Namespace) -> list[Scene]:
-    return [Scene(**fields) for fields in json.loads((options.work_dir / "scenes.json").read_text())]
-
-
-def load_pictures(options: argparse.Namespace) -> np.ndarray:
-    return np.load(options.work_dir / "pictures.npy", mmap_mode="r")
-
-
-def to_signed(pictures: np.ndarray) -> torch.Tensor:
-    """Bytes `[N, H, W, 3]` to the VAE's `[N, 3, H, W]` in -1 to 1; the strides stay channels-last."""
-    return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_clip(signed: torch.Tensor) -> torch.Tensor:
-    """The VAE's range to what CLIP's and BLIP's image processors hand to their models."""
-    mean, std = (torch.tensor(v, device=signed.device)[:, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (signed / 2 + 0.5 - mean) / std
-
-
-def jitter(signed: torch.Tensor) -> torch.Tensor:
-    """A little brightness a picture and noise a pixel, against learning the renderer's exact values."""
-    return signed + 0.1 * torch.randn_like(signed[:, :1, :1, :1]) + 0.03 * torch.randn_like(signed)
-
-
-# ------------------------------------------------------------------------------------------------- writing files
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def save_component(component, folder: Path) -> None:
-    """`save_pretrained` in half precision. Files are moved into place whole, so a reader never meets half of one.
-
-    Its configuration says single precision: transformers would else load a part in half, which diffusers loads in single.
-    """
-    if isinstance(component, torch.nn.Module):
-        component = copy.deepcopy(component).cpu().half()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    component.save_pretrained(partial)
-    settings = partial / "config.json"
-    if settings.is_file():
-        settings.write_text(settings.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in partial.iterdir():
-        os.replace(file, folder / file.name)
-    partial.rmdir()
-
-
-COMPONENTS = {
-    "vae": ("diffusers", AutoencoderKL),
-    "text_encoder": ("transformers", CLIPTextModel),
-    "tokenizer": ("transformers", CLIPTokenizer),
-    "unet": ("diffusers", UNet2DConditionModel),
-    "scheduler": ("diffusers", DDIMScheduler),
-    "clip": ("transformers", CLIPModel),
-    "clip_processor": ("transformers", CLIPProcessor),
-    "captioner": ("transformers", BlipForConditionalGeneration),
-    "captioner_processor": ("transformers", BlipProcessor),
-}
-
-
-XL_COMPONENTS = {
-    "tokenizer_2": ("transformers", CLIPTokenizer),
-    "text_encoder_2": ("transformers", CLIPTextModelWithProjection),
-    "clip_2": ("transformers", CLIPModel),
-    "unet": ("diffusers", UNet2DConditionModel),
-}
-
-
-def load_component(options: argparse.Namespace, name: str, folder: Path | None = None):
-    """A component in single precision, frozen, on the device; None where it has not been written yet."""
-    components = COMPONENTS if folder is None else XL_COMPONENTS
-    folder = (folder or options.model_dir) / name
-    if not folder.is_dir():
-        return None
-    component = components[name][1].from_pretrained(folder)
-    if isinstance(component, torch.nn.Module):
-        component.float().eval().requires_grad_(False).to(options.device)
-    return component
-
-
-def begin(name: str, build: Callable[[], torch.nn.Module], options: argparse.Namespace) -> torch.nn.Module:
-    """A model to train: new, or with `--from-model` the one in the model folder."""
-    trained = load_component(options, name) if options.from_model else None
-    return build() if trained is None else trained.train().requires_grad_(True)
-
-
-def write_model_index(options: argparse.Namespace) -> None:
-    """Tells diffusers which class loads which folder."""
-    index = {"_class_name": "DifferenceInversionPipeline", "_diffusers_version": diffusers.__version__}
-    for name, (library, component) in COMPONENTS.items():
-        if (options.model_dir / name).is_dir():
-            index[name] = [library, component.__name__]
-    write_text(options.model_dir / "model_index.json", json.dumps(index, indent=2) + "\n")
-
-
-# --------------------------------------------------------------------------------------------- the training loop
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up, then constant, then linearly to zero over the last quarter. It depends on nothing but the step, so a
-    finished run that is given more steps simply returns to the constant part."""
-    return peak * min(1.0, (step + 1) / 200, (steps - step) / (0.25 * steps))
-
-
-class Training:
-    """All that changes while a model trains, and what a checkpoint must therefore hold."""
-
-    def __init__(self, stage: str, model: torch.nn.Module, options: argparse.Namespace):
-        self.path = options.work_dir / f"{stage}.pt"
-        self.model = model.to(options.device, memory_format=torch.channels_last).train()
-        wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(wanted, weight_decay=1e-2, fused=True)
-        self.ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
-        self.rng = random.Random(f"{stage} {options.seed}")
-        self.step = 0
-        if self.path.exists():
-            self.load(options.device)
-
-    def save(self) -> None:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "ema")}
-        randomness = {"python": self.rng.getstate(), "torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            randomness["cuda"] = torch.cuda.get_rng_state()
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        torch.save({**parts, "step": self.step, "randomness": randomness}, temporary)
-        os.replace(temporary, self.path)
-
-    def load(self, device: torch.device) -> None:
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        for name in ("model", "optimizer", "ema"):
-            getattr(self, name).load_state_dict(state[name])
-        self.ema.to(device)
-        self.step = state["step"]
-        self.rng.setstate(state["randomness"]["python"])
-        torch.set_rng_state(state["randomness"]["torch"])
-        if "cuda" in state["randomness"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["randomness"]["cuda"])
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[torch.nn.Module]:
-        """The model with its averaged weights, for measuring and exporting."""
-        parameters = list(self.model.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            self.ema.restore(parameters)
-            self.model.train()
-
-
-def fit(
-    stage: str,
-    model: torch.nn.Module,
-    options: argparse.Namespace,
-    losses: Callable[[random.Random, int], dict[str, torch.Tensor]],
-    export: Callable[[torch.nn.Module, bool], None],
-    measure: Callable[[torch.nn.Module], dict[str, float]] | None = None,
-) -> None:
-    """Trains `model` to `--steps`, from its checkpoint if there is one.
-
-    `losses(rng, batch_size)` draws a batch and returns named losses, of which `loss` is minimised. `export(model,
-    done)` writes the averaged model; `measure(model)` scores it now and then.
-    """
-    recipe = RECIPES[stage]
-    steps, batch_size = options.steps or recipe.steps, options.batch_size or recipe.batch_size
-    peak = options.learning_rate or recipe.learning_rate
-    training = Training(stage, model, options)
-    with open(options.work_dir / f"{stage}.log", "a", buffering=1) as log:
-        print(f"# from step {training.step} to {steps}, batch {batch_size}, bf16 {options.bf16}", file=log)
-        bar = tqdm(total=steps, initial=training.step, desc=stage, mininterval=1)
-        history, saved_at = [], time.monotonic()
-        while training.step < steps:
-            began, rate = time.monotonic(), learning_rate(training.step, steps, peak)
-            named = train_step(training, losses, batch_size, rate, options)
-            named = {name: float(value.detach()) for name, value in named.items()}
-            history.append(named | {"lr": rate, "s/step": time.monotonic() - began})
-            training.step += 1
-            bar.update()
-            if training.step % LOG_EVERY == 0:
-                means = {name: sum(entry[name] for entry in history) / len(history) for name in history[0]}
-                print(log_line(training.step, means), file=log)
-                bar.set_postfix_str(log_line(training.step, means))
-                history.clear()
-            if measure and training.step % MEASURE_EVERY == 0:
-                with training.averaged() as average:
-                    print(log_line(training.step, measure(average)), file=log)
-            if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                finish(training, export, options, done=False)
-                saved_at = time.monotonic()
-        bar.close()
-    finish(training, export, options, done=True)
-
-
-def train_step(training: Training, losses: Callable, batch_size: int, rate: float, options) -> dict[str, torch.Tensor]:
-    """One step of the optimizer and of the average."""
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
-    with torch.autocast(options.device.type, torch.bfloat16, enabled=options.bf16):
-        named = losses(training.rng, batch_size)
-    named["loss"].backward()
-    torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-    training.ema.step(training.model.parameters())
-    return named
-
-
-def log_line(step: int, values: dict[str, float]) -> str:
-    return f"step {step}  " + "  ".join(f"{name} {value:.5g}" for name, value in values.items())
-
-
-def finish(training: Training, export: Callable, options: argparse.Namespace, done: bool) -> None:
-    """Writes the checkpoint and the component."""
-    training.save()
-    with training.averaged() as average, torch.no_grad():
-        export(average, done)
-    write_model_index(options)
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
@@ -413,27 +160,7 @@ def check_tokenizer(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
     print(f"{len(tokenizer)} tokens; the longest of {len(ids)} captions has {max(map(len, ids))} of {MAX_TOKENS}")
 
 
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """`[N, 40]`, padded as StableDiffusionPipeline pads."""
-    ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    return ids.input_ids
-
-
 # ---------------------------------------------------------------------------------------------------------- clip
-
-
-def build_clip(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPModel:
-    tower = TOWER | {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
-    text = {
-        "vocab_size": len(tokenizer),
-        "num_hidden_layers": 4,
-        "max_position_embeddings": MAX_TOKENS,
-        # CLIPTextModel pools at the first of these ids; without it, it would look for OpenAI's.
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | IMAGE_TOWER, projection_dim=width))
 
 
 def contrastive_loss(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
@@ -494,19 +221,6 @@ def train_clip(stage: str, model: CLIPModel, tokenizer: CLIPTokenizer, options, 
 # ----------------------------------------------------------------------------------------------------------- vae
 
 
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=VAE_CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=PICTURE_SIZE,
-    )
-
-
 def random_crops(pictures: np.ndarray, count: int, rng: random.Random) -> np.ndarray:
     """`[count, 64, 64, 3]` bytes.
 
@@ -519,24 +233,6 @@ def random_crops(pictures: np.ndarray, count: int, rng: random.Random) -> np.nda
         top, left = (8 * rng.randrange((PICTURE_SIZE - CROP) // 8 + 1) for _ in range(2))
         crops.append(pictures[index, top : top + CROP, left : left + CROP])
     return np.stack(crops)
-
-
-def psnr(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Decibels per picture, between batches in -1 to 1, as `[N]`."""
-    error = (first.clamp(-1, 1) - second).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / error)
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, signed: torch.Tensor) -> torch.Tensor:
-    """Means of the posteriors `[N, 4, H/8, W/8]`, not yet scaled."""
-    return torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean for batch in signed.split(16)])
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures `[N, 3, H, W]` from unscaled latents."""
-    return torch.cat([vae.decode(batch).sample for batch in latents.split(16)])
 
 
 def stage_vae(options: argparse.Namespace) -> None:
@@ -592,46 +288,12 @@ def stage_latents(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------- unet
 
 
-def build_unet() -> UNet2DConditionModel:
-    """Convolutions alone at 16x16, where attention costs most; attention to the picture and the text below."""
-    return UNet2DConditionModel(
-        sample_size=PICTURE_SIZE // 8,
-        in_channels=4,
-        out_channels=4,
-        cross_attention_dim=WIDTH,
-        block_out_channels=UNET_CHANNELS,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,  # in this class the number of heads, whatever its name says
-        norm_num_groups=16,
-    )
-
-
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule, with the velocity as what is predicted, as in Stable Diffusion 2."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type="v_prediction",
-    )
-
-
 def unet_caption(scene: Scene, rng: random.Random) -> str:
     """One in ten is empty, which is what classifier-free guidance compares with."""
     draw = rng.random()
     if draw < 0.1:
         return ""
     return describe(scene) if draw < 0.5 else caption(scene, rng)
-
-
-def spread_times(count: int) -> torch.Tensor:
-    """One random time step in each of `count` equal stretches: less variance than as many independent ones."""
-    return ((torch.arange(count) + torch.rand(count)) * 1000 / count).long().clamp(max=999)
 
 
 def stage_unet(options: argparse.Namespace) -> None:
@@ -669,38 +331,6 @@ def train_unet(stage: str, model: UNet2DConditionModel, told: Callable, options,
 
 
 # ----------------------------------------------------------------------------------------------------- captioner
-
-
-def build_captioner_tokenizer() -> BertTokenizer:
-    """Every word that a full caption can have, whole."""
-    words = sorted({word for text in scenes_by_description() for word in text.replace(",", " , ").split()})
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    return BertTokenizer(vocab={word: index for index, word in enumerate(vocab)}, model_max_length=MAX_TOKENS)
-
-
-@functools.cache
-def scenes_by_description() -> dict[str, dict[str, str]]:
-    """All full captions of the world, with the attributes that each one states."""
-    layout = dataclasses.asdict(random_scene(random.Random(0)))
-    combinations = (dict(zip(ATTRIBUTES, values, strict=True)) for values in itertools.product(*ATTRIBUTES.values()))
-    return {describe(Scene(**layout | attributes)): attributes for attributes in combinations}
-
-
-def build_captioner(tokenizer: BertTokenizer) -> BlipForConditionalGeneration:
-    text = {
-        "vocab_size": len(tokenizer),
-        "num_hidden_layers": 3,
-        "encoder_hidden_size": WIDTH,
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.cls_token_id,
-        "eos_token_id": tokenizer.sep_token_id,
-        "sep_token_id": tokenizer.sep_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    # CLIP's activation, because CLIP's image tower is the starting point.
-    vision = TOWER | IMAGE_TOWER | {"hidden_act": "quick_gelu"}
-    config = BlipConfig(text_config=TOWER | text, vision_config=vision, projection_dim=WIDTH)
-    return BlipForConditionalGeneration(config)
 
 
 @torch.no_grad()
@@ -749,89 +379,7 @@ def stage_captioner(options: argparse.Namespace) -> None:
     fit("captioner", model, options, losses, export)
 
 
-@torch.no_grad()
-def describe_pictures(captioner, processor: BlipProcessor, pictures: list[Image.Image]) -> list[str]:
-    """What the captioner says, as a user would ask it."""
-    said = []
-    for start in range(0, len(pictures), 50):
-        pixels = processor(images=pictures[start : start + 50], return_tensors="pt").pixel_values
-        tokens = captioner.generate(pixel_values=pixels.to(captioner.device), max_new_tokens=30)
-        said += processor.batch_decode(tokens, skip_special_tokens=True)
-    return [text.replace(" ,", ",").strip() for text in said]
-
-
-# --------------------------------------------------------------------------------------------- InstructPix2Pix
-
-
-def draw_edit(job: tuple[Scene, int]) -> tuple[str, np.ndarray]:
-    """An instruction that changes one attribute of the scene, and the picture it asks for."""
-    scene, seed = job
-    rng = random.Random(f"edit {seed}")
-    attribute = rng.choice(list(ATTRIBUTES))
-    value = rng.choice([value for value in ATTRIBUTES[attribute] if value != getattr(scene, attribute)])
-    edited = dataclasses.replace(scene, **{attribute: value})
-    return restatement(edited, attribute, scene, rng), draw(edited)
-
-
-def stage_edits(options: argparse.Namespace) -> None:
-    """Draws an edit of each of the first `--edits` training pictures and encodes it."""
-    vae, scenes = load_component(options, "vae"), load_scenes(options)[: options.edits]
-    instructions, latents = [], []
-    with multiprocessing.get_context("spawn").Pool(options.threads or os.cpu_count()) as pool:
-        drawn = pool.imap(draw_edit, zip(scenes, range(len(scenes)), strict=True), chunksize=64)
-        for _ in tqdm(range(0, len(scenes), 64), desc="edits"):
-            batch = list(itertools.islice(drawn, 64))
-            instructions += [instruction for instruction, _ in batch]
-            signed = to_signed(np.stack([picture for _, picture in batch]))
-            latents.append((encode(vae, signed) * vae.config.scaling_factor).half().cpu())
-    temporary = options.work_dir / "edits.tmp.npy"
-    np.save(temporary, torch.cat(latents).numpy())
-    os.replace(temporary, options.work_dir / "edits.npy")
-    write_text(options.work_dir / "edits.json", json.dumps(instructions))
-
-
-def build_instruct_unet(options: argparse.Namespace) -> UNet2DConditionModel:
-    """Storybook's UNet with four more input channels, for the picture to edit, whose weights begin at zero."""
-    unet = load_component(options, "unet").requires_grad_(True)
-    old = unet.conv_in
-    unet.register_to_config(in_channels=8)
-    unet.conv_in = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, padding=old.padding).to(options.device)
-    with torch.no_grad():
-        unet.conv_in.weight.zero_()[:, :4].copy_(old.weight)
-        unet.conv_in.bias.copy_(old.bias)
-    return unet
-
-
-def stage_instruct(options: argparse.Namespace) -> None:
-    """Trains InstructPix2Pix from Storybook's own weights, as its paper does from Stable Diffusion's (section 3.2)."""
-    tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
-    instructions = json.loads((options.work_dir / "edits.json").read_text())
-    before, after = (torch.from_numpy(np.load(options.work_dir / f"{name}.npy")) for name in ("latents", "edits"))
-    scale = load_component(options, "vae").config.scaling_factor
-    scheduler, model = build_scheduler(), build_instruct_unet(options)
-
-    def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
-        chosen = rng.choices(range(len(after)), k=batch_size)
-        clean = after[chosen].float().to(options.device)  # [N, 4, 16, 16]
-        # Its pipeline gives the picture as the VAE has it, not scaled. Each condition, and both, is left out 5 % of times.
-        picture = before[chosen].float().to(options.device) / scale
-        kept_text, kept_picture = (torch.rand(2, batch_size) >= 0.05) & (torch.rand(batch_size) >= 0.05)
-        picture = picture * kept_picture[:, None, None, None].to(options.device)
-        said = [instructions[i] if kept else "" for i, kept in zip(chosen, kept_text.tolist(), strict=True)]
-        with torch.no_grad():
-            text = text_encoder(token_ids(tokenizer, said).to(options.device)).last_hidden_state  # [N, 40, 128]
-        times, noise = spread_times(batch_size).to(options.device), torch.randn_like(clean)
-        noisy = scheduler.add_noise(clean, noise, times)
-        predicted = model(torch.cat([noisy, picture], dim=1), times, text).sample
-        return {"loss": F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, times))}
-
-    def export(average: UNet2DConditionModel, done: bool) -> None:
-        save_component(average, options.work_dir / "instruct_unet")
-
-    fit("instruct", model, options, losses, export)
-
-
-# ------------------------------------------------------------------------------------------------- storybook-xl
+# -------------------------------------------------------------------------------------------------- storybook-xl
 
 
 def stage_clip_2(options: argparse.Namespace) -> None:
@@ -847,29 +395,6 @@ def stage_clip_2(options: argparse.Namespace) -> None:
         save_component(encoder, options.xl_dir / "text_encoder_2")
 
     train_clip("clip_2", model, tokenizer, options, export)
-
-
-def build_unet_xl(options: argparse.Namespace) -> UNet2DConditionModel:
-    """Storybook's UNet, which begins as it was for the first text encoder's half, and deaf to what is new."""
-    old = load_component(options, "unet")
-    new = {
-        "cross_attention_dim": WIDTH + WIDTH_2,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": TIME_WIDTH,
-        "projection_class_embeddings_input_dim": WIDTH_2 + 6 * TIME_WIDTH,
-    }
-    unet = UNet2DConditionModel.from_config(dict(old.config) | new)
-    weights = old.state_dict()
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if name not in weights:
-                if name.startswith("add_embedding.linear_2"):
-                    parameter.zero_()
-            elif parameter.shape == weights[name].shape:
-                parameter.copy_(weights[name])
-            else:
-                parameter.zero_()[:, :WIDTH].copy_(weights[name])
-    return unet.to(options.device)
 
 
 def stage_unet_xl(options: argparse.Namespace) -> None:
@@ -890,158 +415,8 @@ def stage_unet_xl(options: argparse.Namespace) -> None:
     train_unet("unet_xl", build_unet_xl(options), told, options, options.xl_dir)
 
 
-# ------------------------------------------------------------------------------------------------------ evaluate
-
-
-def attributes_right(said: list[str], scenes: list[Scene]) -> dict[str, float]:
-    """How often the whole caption is right, and each attribute in it."""
-    stated = [scenes_by_description().get(text, {}) for text in said]
-    rates = {
-        name: np.mean([fields.get(name) == getattr(scene, name) for fields, scene in zip(stated, scenes, strict=True)])
-        for name in ATTRIBUTES
-    }
-    whole = np.mean([text == describe(scene) for text, scene in zip(said, scenes, strict=True)])
-    return {"all": float(whole)} | {name: float(rate) for name, rate in rates.items()}
-
-
-@torch.no_grad()
-def clip_retrieval(clip: CLIPModel, processor: CLIPProcessor, pictures: list, scenes: list[Scene]) -> float:
-    """How often a picture's nearest caption among 64 is its own."""
-    right = []
-    for start in range(0, len(scenes) - 63, 64):
-        texts = [describe(scene) for scene in scenes[start : start + 64]]
-        batch = processor(text=texts, images=pictures[start : start + 64], padding=True, return_tensors="pt")
-        nearest = clip(**batch.to(clip.device)).logits_per_image.argmax(1).tolist()
-        right += [texts[found] == text for found, text in zip(nearest, texts, strict=True)]
-    return float(np.mean(right))
-
-
-def text_features(clip: CLIPModel, processor: CLIPProcessor, texts: list[str]) -> torch.Tensor:
-    """`[N, 128]`, of unit length."""
-    batch = processor(text=texts, padding=True, return_tensors="pt").to(clip.device)
-    return F.normalize(clip.text_projection(clip.text_model(**batch).pooler_output), dim=-1)
-
-
-@torch.no_grad()
-def clip_near_misses(clip: CLIPModel, processor: CLIPProcessor, pictures: list, scenes: list[Scene]) -> dict:
-    """By attribute, how often a picture is nearer to its own caption than to every one with another value of it."""
-    rates = {}
-    for name, values in ATTRIBUTES.items():
-        right = []
-        for picture, scene in zip(pictures, scenes, strict=True):
-            texts = [describe(dataclasses.replace(scene, **{name: value})) for value in values]
-            batch = processor(text=texts, images=picture, padding=True, return_tensors="pt").to(clip.device)
-            right.append(values[clip(**batch).logits_per_image.argmax()] == getattr(scene, name))
-        rates[name] = float(np.mean(right))
-    return rates
-
-
-@torch.no_grad()
-def clip_restated(clip: CLIPModel, processor: CLIPProcessor, scenes: list[Scene]) -> dict[str, float]:
-    """By attribute, how often a caption that its end revises is nearer to what it then says than to what it said first.
-
-    A difference is such an end, so this bounds what difference tokens can say to the text encoder.
-    """
-    rng, rates = random.Random("restated"), {}
-    for name, values in ATTRIBUTES.items():
-        new = [
-            dataclasses.replace(s, **{name: rng.choice([v for v in values if v != getattr(s, name)])}) for s in scenes
-        ]
-        revised = [f"{describe(s)}, {restatement(n, name, s, rng)}" for s, n in zip(scenes, new, strict=True)]
-        texts = [[describe(n) for n in new], [describe(s) for s in scenes], revised]
-        after, before, said = (text_features(clip, processor, lines) for lines in texts)
-        rates[name] = float(((said * after).sum(-1) > (said * before).sum(-1)).float().mean())
-    return rates
-
-
-def text_to_image(pipeline: StableDiffusionPipeline, texts: list[str], options) -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(0)
-    pictures = []
-    for start in tqdm(range(0, len(texts), 25), desc="text to image"):
-        batch, guidance = texts[start : start + 25], options.guidance_scale
-        pictures += pipeline(batch, num_inference_steps=50, guidance_scale=guidance, generator=generator).images
-    return pictures
-
-
-@torch.no_grad()
-def invert_and_return(pipeline: StableDiffusionPipeline, latents: torch.Tensor, texts: list[str]) -> torch.Tensor:
-    """Latents `[N, 4, 16, 16]` to noise by DDIM inversion and back by DDIM, 50 steps each way, without guidance."""
-    ids = token_ids(pipeline.tokenizer, texts).to(latents.device)
-    text = pipeline.text_encoder(ids).last_hidden_state
-    for scheduler in (DDIMInverseScheduler.from_config(pipeline.scheduler.config), pipeline.scheduler):
-        scheduler.set_timesteps(50)
-        for time_step in tqdm(scheduler.timesteps, desc="inversion"):
-            predicted = pipeline.unet(latents, time_step, text).sample
-            latents = scheduler.step(predicted, time_step, latents).prev_sample
-    return latents
-
-
-def to_pil(signed: torch.Tensor) -> list[Image.Image]:
-    pixels = ((signed.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-def save_sheet(pictures: list[Image.Image], path: Path) -> None:
-    """The first pictures, eight to a row, up to 64."""
-    rows = min(8, len(pictures) // 8)
-    make_image_grid(pictures[: 8 * rows], rows, 8).save(path)
-
-
-def stage_evaluate(options: argparse.Namespace) -> None:
-    """Scores the saved components, which a user would load, on scenes that no training stage has drawn."""
-    rng = random.Random("evaluation")
-    scenes = [random_scene(rng) for _ in range(options.evaluation_scenes)]
-    texts, signed = [describe(scene) for scene in scenes], to_signed(np.stack([draw(scene) for scene in scenes]))
-    signed, pictures = signed.to(options.device), to_pil(signed)
-    parts = {name: load_component(options, name) for name in COMPONENTS}
-    missing = [name for name, part in parts.items() if part is None]
-    if missing:
-        print("Not there yet, so what needs them is skipped:", ", ".join(missing))
-    save_sheet(pictures, options.work_dir / "scenes.png")
-
-    def have(*names: str) -> bool:
-        return not set(names) & set(missing)
-
-    scores = {"scenes": len(scenes), "guidance_scale": options.guidance_scale}
-    if have("vae"):
-        latents = encode(parts["vae"], signed)
-        rebuilt = decode(parts["vae"], latents)
-        scores["vae_psnr"] = float(psnr(rebuilt, signed).mean())
-        save_sheet(to_pil(rebuilt), options.work_dir / "reconstructions.png")
-    if have("clip", "clip_processor") and len(scenes) >= 64:
-        both = parts["clip"], parts["clip_processor"]
-        scores["clip_retrieval_among_64"] = clip_retrieval(*both, pictures, scenes)
-        scores["clip_near_misses"] = clip_near_misses(*both, pictures, scenes)
-        scores["clip_restated"] = clip_restated(*both, scenes)
-    if have("captioner", "captioner_processor"):
-        reader = functools.partial(describe_pictures, parts["captioner"], parts["captioner_processor"])
-        scores["captioner_right"] = attributes_right(reader(pictures), scenes)
-    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-    if have(*names):
-        extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**{name: parts[name] for name in names}, **extras)
-        pipeline.set_progress_bar_config(disable=True)
-        factor = pipeline.vae.config.scaling_factor
-        returned = decode(pipeline.vae, invert_and_return(pipeline, latents * factor, texts) / factor)
-        scores["inversion_psnr"] = float(psnr(returned, signed).mean())
-        save_sheet(to_pil(returned), options.work_dir / "inversions.png")
-        drawn = text_to_image(pipeline, texts, options)
-        save_sheet(drawn, options.work_dir / "text_to_image.png")
-        if have("captioner", "captioner_processor"):
-            scores["text_to_image_right"] = attributes_right(reader(drawn), scenes)
-    write_text(options.work_dir / "evaluation.json", json.dumps(scores, indent=2) + "\n")
-    print_scores(scores)
-
-
-def print_scores(scores: dict) -> None:
-    print("| measure | score |\n|---|---|")
-    for name, value in scores.items():
-        rows = {f"{name}: {part}": rate for part, rate in value.items()} if isinstance(value, dict) else {name: value}
-        for row, number in rows.items():
-            print(f"| {row} | {number:.4g} |")
-
-
 # ---------------------------------------------------------------------------------------------------------- main
+
 
 STAGES = {
     "pictures": stage_pictures,
@@ -1058,6 +433,8 @@ STAGES = {
     "clip_2": stage_clip_2,
     "unet_xl": stage_unet_xl,
 }
+
+
 ALL = list(STAGES)[: list(STAGES).index("evaluate") + 1]
 
 
