@@ -2303,6 +2303,7 @@ class DifferenceInversionPipeline(
     def hard_prompts(
         self,
         images: list,
+        *,
         num_tokens: int = 16,
         num_steps: int = 300,
         learning_rate: float = 0.1,
@@ -2671,6 +2672,7 @@ class DifferenceInversionPipeline(
         after: Any,
         before_prompt: Optional[Union[str, list[str]]] = None,
         after_prompt: Optional[Union[str, list[str]]] = None,
+        *,
         height: Optional[int] = None,
         width: Optional[int] = None,
         generator: Optional[Union[torch.Generator, list[torch.Generator]]] = None,
@@ -3525,6 +3527,7 @@ class DifferenceInversionPipeline(
         after: Any = None,
         difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
         difference_scale: Union[float, list[float]] = 1.0,
+        *,
         learning_kwargs: Optional[dict[str, Any]] = None,
         replace_phrases: bool = True,
         complete_prompts: bool = True,

@@ -2,6 +2,7 @@
 """Image analogies whose right answer is known, and the judge that scores an answer."""
 
 import dataclasses
+import functools
 import random
 
 import numpy as np
@@ -114,6 +115,11 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 
 
+@functools.lru_cache(maxsize=256)  # an analogy has about fifty candidates, and several answers
+def _drawn(scene: Scene) -> np.ndarray:
+    return _pixels(render(scene))
+
+
 def judge(image: Image.Image, analogy: Analogy) -> Verdict:
     """Finds which of the candidate scenes a picture shows.
 
@@ -129,7 +135,7 @@ def judge(image: Image.Image, analogy: Analogy) -> Verdict:
     if image.size != (PICTURE_SIZE, PICTURE_SIZE):
         raise ValueError(f"`image` is {image.size[0]}×{image.size[1]}; the judge takes {PICTURE_SIZE}×{PICTURE_SIZE}.")
     answer = _pixels(image)
-    errors = {scene: float(np.mean((answer - _pixels(render(scene))) ** 2)) for scene in candidates(analogy)}
+    errors = {scene: float(np.mean((answer - _drawn(scene)) ** 2)) for scene in candidates(analogy)}
     nearest = min(errors, key=errors.get)
     others = [name for name in ATTRIBUTES if name not in analogy.kinds]
     return Verdict(
