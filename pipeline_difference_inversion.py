@@ -1630,22 +1630,6 @@ class _Checkpoint:
 # ------------------------------------------------------------------------------------------------- the pipeline
 
 
-def components_come_first(init: Callable) -> Callable:
-    """Lets `__init__` look as if its optional components had no defaults.
-
-    `DiffusionPipeline.from_pretrained(..., custom_pipeline=...)` takes what has one for a setting, and in silence prefers
-    the folder's component to the one that it is given.
-    """
-    signature = inspect.signature(init)
-    settings = ("force_zeros_for_empty_prompt",)
-    parameters = [
-        parameter if name in settings else parameter.replace(default=inspect.Parameter.empty)
-        for name, parameter in signature.parameters.items()
-    ]
-    init.__signature__ = signature.replace(parameters=parameters)
-    return init
-
-
 class DifferenceInversionPipeline(
     DiffusionPipeline,
     StableDiffusionMixin,
@@ -1658,6 +1642,9 @@ class DifferenceInversionPipeline(
 
     LoRAs, textual inversions and single-file checkpoints are loaded by diffusers' own methods: [`load_lora_weights`],
     [`load_textual_inversion`] and [`from_single_file`]. What is loaded counts while learning too.
+
+    All components are named, None where there is none: diffusers' loaders take one that has a default for a setting, and
+    prefer the folder's to the one that they are given.
 
     Args:
         vae ([`AutoencoderKL`]): between images and latents.
@@ -1691,7 +1678,6 @@ class DifferenceInversionPipeline(
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
-    @components_come_first
     def __init__(
         self,
         vae: AutoencoderKL,
@@ -1699,13 +1685,13 @@ class DifferenceInversionPipeline(
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
-        clip: Optional[CLIPModel] = None,
-        clip_processor=None,
-        captioner=None,
-        captioner_processor=None,
-        text_encoder_2: Optional[CLIPTextModelWithProjection] = None,
-        tokenizer_2: Optional[CLIPTokenizer] = None,
-        clip_2: Optional[CLIPModel] = None,
+        clip: Optional[CLIPModel],
+        clip_processor,
+        captioner,
+        captioner_processor,
+        text_encoder_2: Optional[CLIPTextModelWithProjection],
+        tokenizer_2: Optional[CLIPTokenizer],
+        clip_2: Optional[CLIPModel],
         force_zeros_for_empty_prompt: bool = True,
     ):
         super().__init__()
@@ -1810,27 +1796,18 @@ class DifferenceInversionPipeline(
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options) -> "DifferenceInversionPipeline":
-        """Diffusers' own, without its trap: unless a `dtype` is given, all weights, which are shared, keep theirs.
+        """Makes this pipeline of another one's components, which the two then share, and of others that are given.
 
-        `DiffusionPipeline.from_pipe(..., custom_pipeline=...)` does not come here, and wants all optional components, None
-        where there is none.
+        Unlike in diffusers' own, weights keep their type unless a `dtype` is given. `DiffusionPipeline.from_pipe(...,
+        custom_pipeline=...)` does not come here, and wants all optional components, None where there is none.
         """
-        options = {name: None for name in cls._optional_components if getattr(pipeline, name, None) is None} | options
-        shared = [p for p in (*pipeline.components.values(), *options.values()) if isinstance(p, torch.nn.Module)]
-        owners = [module for part in shared for module in part.modules()]
-        # By tensor: a UNet may keep a part of itself in another type, and a quantised one may not be cast at all.
-        dtypes = [
-            (owner, name, tensor.dtype)
-            for owner in owners
-            for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
-            if tensor is not None
-        ]
-        built = super().from_pipe(pipeline, **options)
-        if not {"dtype", "torch_dtype"} & options.keys():
-            for owner, name, dtype in dtypes:
-                tensor = getattr(owner, name)
-                if tensor.dtype != dtype:
-                    tensor.data = tensor.data.to(dtype)
+        dtype = options.pop("dtype", options.pop("torch_dtype", None))
+        known = {**pipeline.config, **pipeline.components}
+        own = {name: known[name] for name in inspect.signature(cls.__init__).parameters if name in known}
+        built = cls(**dict.fromkeys(cls._optional_components) | own | options)
+        built.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if dtype is not None:
+            built.to(dtype=dtype)
         if getattr(pipeline, "_all_hooks", []):
             built.enable_model_cpu_offload(device=pipeline._offload_device)
         elif not pipeline.hf_device_map:

@@ -32,7 +32,8 @@ def peak_memory() -> float:
 
 
 def check(name: str, device: str) -> None:
-    pipe = DifferenceInversionPipeline(**build_backbone(name))
+    optional = dict.fromkeys(DifferenceInversionPipeline._optional_components)
+    pipe = DifferenceInversionPipeline(**optional | build_backbone(name))
     pipe.to(device, torch.float16 if device == "cuda" else torch.float32)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor if device == "cuda" else 256
     before, after, query = (Image.new("RGB", (side, side), color) for color in ("red", "blue", "green"))

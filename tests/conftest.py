@@ -188,7 +188,8 @@ def build_components(prediction_type: str = "epsilon") -> dict:
 
 
 def build_pipeline(prediction_type: str = "epsilon", **components) -> DifferenceInversionPipeline:
-    pipe = DifferenceInversionPipeline(**build_components(prediction_type) | components)
+    optional = dict.fromkeys(DifferenceInversionPipeline._optional_components)
+    pipe = DifferenceInversionPipeline(**optional | build_components(prediction_type) | components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

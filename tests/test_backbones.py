@@ -23,7 +23,8 @@ cached_backbone = functools.cache(functools.partial(build_backbone, divide=32, s
 
 
 def build(name: str, **components) -> DifferenceInversionPipeline:
-    pipe = DifferenceInversionPipeline(**copy.deepcopy(cached_backbone(name)) | components)
+    optional = dict.fromkeys(DifferenceInversionPipeline._optional_components)
+    pipe = DifferenceInversionPipeline(**optional | copy.deepcopy(cached_backbone(name)) | components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
