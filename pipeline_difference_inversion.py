@@ -56,6 +56,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    ModelMixin,
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
@@ -109,15 +110,18 @@ NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, whe
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
 # than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
-# On fresh noises, a word may harm its own picture by the first. It is quiet if alone it harms the other picture by less than
-# LOUD, and by less than QUIET_SHARE of what the loudest word does; a quiet one may help the other picture beside its words by
-# the second, and must alone help its own by the third. All are relative to the error without words; see RESULTS.md.
+# On fresh noises, a word may harm its own picture by MOST_FRESH_HARM. It is quiet if alone it harms the other picture by less
+# than LOUD, and by less than QUIET_SHARE of what the loudest word does; a quiet one may help the other picture beside its words
+# by MOST_FRESH_HELP, and must alone help its own by LEAST_GAIN_ALONE. All are relative to the error without words; see
+# RESULTS.md.
 MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE = 0.003, 0.015, 0.06
 LOUD, QUIET_SHARE = 0.7, 0.15
-# A likely word may be hidden by louder ones if alone it harms its own picture by no more than the first, and the other by
-# more, by the second. Beside them it must then help its own by the third, or if it is loud alone only not harm it by as much,
-# and may help the other by the last. See RESULTS.md.
+# A likely word may be hidden by louder ones if alone it harms its own picture by no more than MOST_HIDDEN_HARM, and the other
+# by LEAST_HIDDEN_CONTRAST more. Beside them it must then help its own picture by LEAST_HIDDEN_GAIN, and help the other by no more
+# than MOST_HIDDEN_HELP. One that alone is LOUD, and harms its own by no more than MOST_LOUD_HARM, need not help its own beside
+# them, and may harm it by LEAST_HIDDEN_GAIN. See RESULTS.md.
 MOST_HIDDEN_HARM, LEAST_HIDDEN_CONTRAST, LEAST_HIDDEN_GAIN, MOST_HIDDEN_HELP = 0.25, 0.1, 0.03, 0.005
+MOST_LOUD_HARM = 0.1
 NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
 CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
 LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
@@ -125,7 +129,7 @@ LEAST_SHARED_GAIN = 0.03  # relative gain on both pictures with which a word bel
 # Of each step's noise, with `inversion="ddpm"`. Against 1, answers on Storybook were as often right, and nearer to the right
 # pictures by 0.5 ± 0.3 dB (56 analogies of three seeds).
 DDPM_ETA = 0.5
-LEAST_DDPM_ETA = 0.01  # below which the noises that hold the query are too large for what numbers can tell apart
+LEAST_DDPM_ETA = 0.01  # below this the steps' noises become so large that floats lose the query
 NUM_MASK_STEPS = 10  # of the drawing, at which a mask is looked for
 # Share of the strongest change at which a place belongs to the mask. On 30 analogies of Storybook the mask then covered
 # 0.98 of the changed pixels or more in the mean of every kind, and left alone 0.72 to 0.87 of the others where the change
@@ -362,7 +366,7 @@ class WordSearch:
         self.found: tuple[list[str], list[str]] = ([], [])  # what A lost, what A' gained
         without_words = torch.cat([errors([""], picture) for picture in (0, 1)])
         self._scale = without_words.mean(0)  # all errors are relative to it
-        self._alone: dict[str, list[float]] = {}  # what words do before any is found
+        self._alone: dict[str, list[float]] = {}  # gains of words where none was found yet
         self._known = {("", picture): found / self._scale for picture, found in enumerate(without_words)}
 
     def run(self, candidates: Sequence[str], may_be_shared: Sequence[str], most: int) -> None:
@@ -401,17 +405,19 @@ class WordSearch:
             candidates = [word for i, word in enumerate(candidates) if i in kept]
 
     def look_again(self, likely: Sequence[Sequence[str]], most: int) -> None:
-        """Takes words that louder ones hid, of those that are likely to have been lost, and of those likely to have been gained.
+        """Takes words that the search left, of those that are likely to have been lost, and of those likely to have been gained.
 
-        Beside loud words a quiet one only has to help its picture, and not to help the other. One that has told them apart
-        alone only has to do no harm.
+        Beside louder words a quiet one only has to help its picture, and not to help the other. One that has told them apart
+        alone only has to do little harm.
         """
         known = {*self.shared, *self.found[0], *self.found[1]}
         left = [[w for w in words if w not in known and self._may_be_hidden(w, i)] for i, words in enumerate(likely)]
         while True:
             best, most_gain = None, -math.inf
             for side, beside in enumerate(self.found):
-                words = left[side] if len(beside) < most else []
+                if len(beside) >= most:
+                    continue
+                words = left[side]
                 gains = dict(zip(words, self._gains(words, beside, side).tolist(), strict=True))
                 words = [word for word, gain in gains.items() if gain >= self._least_gain(word, side)]
                 others = self._gains(words, self.found[1 - side], 1 - side).tolist()
@@ -434,7 +440,7 @@ class WordSearch:
     def _least_gain(self, word: str, side: int) -> float:
         """What a hidden word must do for its picture beside the others."""
         gain, other_gain = self.gains_alone(word, side)
-        told_them_apart = gain >= -LEAST_HIDDEN_CONTRAST and -other_gain >= LOUD
+        told_them_apart = gain >= -MOST_LOUD_HARM and -other_gain >= LOUD
         return -LEAST_HIDDEN_GAIN if told_them_apart else LEAST_HIDDEN_GAIN
 
     @staticmethod
@@ -450,11 +456,14 @@ class WordSearch:
 
     def _gains(self, words: Sequence[str], beside: list[str], picture: int) -> torch.Tensor:
         """How much better one picture is drawn with each word after others, (words,)."""
+        if not words:
+            return self._scale[:0]
         phrases = [[*self.shared, *beside, *more] for more in ([], *([word] for word in words))]
         without, *with_word = self._errors([" ".join(phrase) for phrase in phrases], picture)
-        return torch.stack([(without - errors).mean() for errors in with_word]) if words else without[:0]
+        return torch.stack([(without - errors).mean() for errors in with_word])
 
     def _gain(self, word: str, beside: list[str], picture: int) -> float:
+        """As `_gains`, of one word."""
         return float(self._gains([word], beside, picture)[0])
 
     def _errors(self, phrases: list[str], picture: int) -> list[torch.Tensor]:
@@ -514,7 +523,7 @@ class WordSearch:
         loudness = max(contrast, loudness)
         doubt = -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness)
         if loudness < quiet:
-            gain_alone = self._gain(word, [], side)
+            gain_alone, _ = self.gains_alone(word, side)
             doubt = max(doubt, LEAST_GAIN_ALONE - gain_alone, -contrast - MOST_FRESH_HELP)
         return doubt
 
@@ -523,7 +532,7 @@ class WordSearch:
         return -self.gains_alone(word, side)[1]
 
     def gains_alone(self, word: str, side: int) -> tuple[float, float]:
-        """How much better a word alone makes its own picture, and the other."""
+        """By how much the UNet draws a word's own picture better with it alone, and the other."""
         if word not in self._alone:
             self._alone[word] = self.gains([word], ([], []))[0].tolist()
         return self._alone[word][side], self._alone[word][1 - side]
@@ -1202,10 +1211,10 @@ class _Condition:
 
 @dataclass
 class _Guidance:
-    """Whose predictions are mixed, and in which shares: the prompts on the way to the whole change, one a prompt each.
+    """The prompts whose predictions are mixed, and their shares. Each stage makes one more change than the one before.
 
     Attributes:
-        stages: prompts without a change, after the first of them, and so on to all of them.
+        stages: the prompts without a change, with the first of them, and so on to all of them.
         shares: how much of each stage, with a sum of 1.
         own: what describes the query.
         baseline: what guidance leads away from.
@@ -1307,20 +1316,21 @@ class _Start:
     """Where denoising begins, and what leads down from there.
 
     `path` are the latents of the query itself before each step and after the last, (steps + 1, batch, ...), if there is a
-    query; `noises` (steps, batch, ...) are each step's, if they are fixed, with which the query's own prompt leads
-    down that path.
+    query. `step_noises` (steps, batch, ...) are fixed noises: with them and the query's own prompt, denoising follows the
+    path. None if each step draws its own.
     """
 
     latents: torch.Tensor
     scheduler: Any
     timesteps: torch.Tensor
     path: Optional[torch.Tensor] = None
-    noises: Optional[torch.Tensor] = None
+    step_noises: Optional[torch.Tensor] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """How difference tokens are learned. What is None depends on where they begin: see `FROM_WORDS` and `FROM_ROWS`.
+    """How difference tokens are learned. Settings left at None get the values of `FROM_WORDS` for tokens that begin as words,
+    and of `FROM_ROWS` for others.
 
     Args:
         num_tokens (`int`, *optional*, defaults to 4): rows to learn, 1 to the text encoder's window less two. Tokens that
@@ -1446,19 +1456,18 @@ class Learner:
         self.probes: list[_Draw] = []
         self.step, self.num_overflows = 0, 0
 
-    def start(self, state: Optional[dict[str, Any]] = None) -> None:
-        """Goes on from a `state_dict`, or judges the tokens that it begins with."""
+    def prepare(self, state: Optional[dict[str, Any]] = None) -> None:
+        """Goes on from a `state_dict`, or draws the noises and time steps that tokens are judged on."""
         if state is not None:
             self.load_state_dict(state)
         else:
             self.probes = [self._probe(pair) for pair in self.pairs]
-        if len(self.candidates) == 1:
-            self.judge()
 
     def take_step(self) -> dict[str, float]:
         """Moves the tokens, unless the loss or its gradient is not finite; returns the loss and its parts."""
         values = self._backward(*self._next_samples())
         if math.isfinite(values["loss"]):
+            self.step += 1
             self.tokens.grad /= self.gradient_scale
             if self.tokens.grad.isfinite().all():
                 self.optimizer.step()
@@ -1470,7 +1479,7 @@ class Learner:
 
     @property
     def is_to_judge(self) -> bool:
-        """Whether the tokens' turn to be judged has come after so many steps."""
+        """Whether to judge the tokens now: at the end, and without a contrast after each quarter of the steps."""
         num_steps = self.config.num_optimization_steps
         every = num_steps if self.config.objective == "contrast" else num_steps // 4
         return self.step % max(1, every) == 0 or self.step == num_steps
@@ -1492,16 +1501,18 @@ class Learner:
         return tokens if self.vocabulary is None else self.vocabulary.project(tokens)[0]
 
     def losses(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> dict[str, torch.Tensor]:
-        """Equation 10 and its two parts; a part of weight zero is not computed."""
+        """Equation 10 and its two parts, of which the second may be the contrast; a part of weight zero is not computed."""
         tokens, config, losses = self.used_tokens(tokens), self.config, {"loss": 0.0}
         if config.lambda_clip > 0:
             pointed = zip(self.clip_features(tokens), self.deltas, strict=True)
             losses["clip_loss"] = torch.stack([clip_loss(features, delta) for features, delta in pointed]).mean()
             losses["loss"] = losses["loss"] + config.lambda_clip * losses["clip_loss"]
-        if config.lambda_tc > 0:
-            name = "contrast_loss" if config.objective == "contrast" else "token_consistency_loss"
-            losses[name] = getattr(self, f"_{name}")(tokens, pair, draw)
-            losses["loss"] = losses["loss"] + config.lambda_tc * losses[name]
+        if config.lambda_tc > 0 and config.objective == "contrast":
+            losses["contrast_loss"] = self._contrast_loss(tokens, pair, draw)
+            losses["loss"] = losses["loss"] + config.lambda_tc * losses["contrast_loss"]
+        elif config.lambda_tc > 0:
+            losses["token_consistency_loss"] = self._token_consistency_loss(tokens, pair, draw)
+            losses["loss"] = losses["loss"] + config.lambda_tc * losses["token_consistency_loss"]
         return losses
 
     def _contrast_loss(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
@@ -1615,10 +1626,10 @@ class _Checkpoint:
             raise ValueError(
                 f"`checkpoint`: {str(self.path)!r} is no checkpoint of learning, or is damaged. Give another path."
             ) from error
-        if not isinstance(self.state, dict) or self.state.get("call") != self.call:
+        if not isinstance(self.state, dict) or self.state.get("call") != self.call or "learner" not in self.state:
             raise ValueError(
                 f"`checkpoint`: {str(self.path)!r} is of another call, with other pictures, prompts, settings, model or "
-                "seed. Give another path, or delete it."
+                "seed, or of another version of this file. Give another path, or delete it."
             )
 
     def write(self, learner: Learner) -> None:
@@ -1802,9 +1813,17 @@ class DifferenceInversionPipeline(
         custom_pipeline=...)` does not come here, and wants all optional components, None where there is none.
         """
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
-        known = {**pipeline.config, **pipeline.components}
-        own = {name: known[name] for name in inspect.signature(cls.__init__).parameters if name in known}
-        built = cls(**dict.fromkeys(cls._optional_components) | own | options)
+        names = cls._get_signature_keys(cls)[0]
+        parts = {name: part for name, part in pipeline.components.items() if name in names} | options
+        missing = sorted(names - parts.keys() - {*cls._optional_components})
+        if missing:
+            raise ValueError(
+                f"`pipeline` is a {type(pipeline).__name__} and has no {missing}; give them too, by name."
+            )
+        for name in ("force_zeros_for_empty_prompt", "_force_zeros_for_empty_prompt"):
+            if name in pipeline.config:
+                parts.setdefault("force_zeros_for_empty_prompt", pipeline.config[name])
+        built = cls(**dict.fromkeys(cls._optional_components) | parts)
         built.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if dtype is not None:
             built.to(dtype=dtype)
@@ -1851,6 +1870,8 @@ class DifferenceInversionPipeline(
 
     def _check_unet(self) -> None:
         """Raises `ValueError` for a UNet that wants to be told more than a prompt, or to be told it in another width."""
+        if isinstance(self.unet, ModelMixin) and not isinstance(self.unet, UNet2DConditionModel):
+            raise ValueError(f"`unet` is a {type(self.unet).__name__}, and a UNet2DConditionModel is what to load.")
         config, width = self.unet.config, sum(encoder.width for encoder in self._encoders)
         wants = {
             "out_channels": (config.out_channels, config.in_channels, "it predicts more than noise"),
@@ -2067,6 +2088,7 @@ class DifferenceInversionPipeline(
         if befores or afters:
             self.check_learning_inputs(befores, afters, config, **asked)
             kept = {name: given[name] for name in own[1:] if name in given}
+            # Here only to refuse another call's file early.
             self._open_checkpoint(befores, afters, config, generator=first_of(generator), **asked, **kept)
         elif given:
             logger.warning("`learning_kwargs` has no effect without a pair, `before` and `after`, to learn from.")
@@ -2416,7 +2438,7 @@ class DifferenceInversionPipeline(
         do_classifier_free_guidance: bool = True,
         negative_prompt: Optional[Union[str, list[str]]] = None,
         *,
-        difference: Optional[Union[DifferenceTokens, str, os.PathLike]] = None,
+        difference: Optional[Union[DifferenceTokens, str, os.PathLike, list]] = None,
     ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
         """Encodes [P; D]: each prompt, then the difference tokens, then the end token.
 
@@ -2429,24 +2451,30 @@ class DifferenceInversionPipeline(
             num_images_per_prompt: how many times each prompt is wanted.
             do_classifier_free_guidance: whether negative embeddings are wanted.
             negative_prompt: for these; by default the empty prompt, of which SDXL may have zeros.
-            difference: tokens or a difference file; none by default.
+            difference: tokens, a difference file, or a list of them; none by default. Words that they replace stay in the
+                prompt: leave them out of it.
 
         Returns:
             `prompt_embeds`, `negative_prompt_embeds`, (batch, length, dim) each in the UNet's dtype, and SDXL's
             `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`, (batch, dim); None for those that there are not.
         """
         prompts, negative = as_list(prompt), _Condition(None)
-        rows = self._rows(None if difference is None else self._check_difference(difference, "difference"))
+        self._check_prompts("prompt", prompts, len(prompts))
+        if negative_prompt is not None:
+            self._check_prompts("negative_prompt", negative_prompt, len(prompts))
+        given = [] if difference is None else self._resolve_difference(difference, 1.0)
+        rows = torch.cat([self._rows(None), *(self._way(d, scale, False).rows for d, scale in given)])
+        self._warn_of_long_prompts(prompts, len(rows))
         condition = self._condition(prompts, rows.expand(len(prompts), -1, -1)).repeat(num_images_per_prompt)
         if do_classifier_free_guidance:
             negative_prompts = self._repeated(negative_prompt or "", len(prompts))
             negative = self._condition(negative_prompts).repeat(num_images_per_prompt)
             if negative_prompt is None:
-                negative = self._nothing(negative)
+                negative = self._zeros_or_empty(negative)
         embeds = (getattr(c, name) for name in vars(condition) for c in (condition, negative))
         return tuple(None if each is None else each.to(device or each.device) for each in embeds)
 
-    def _nothing(self, empty: _Condition) -> _Condition:
+    def _zeros_or_empty(self, empty: _Condition) -> _Condition:
         """What guidance leads away from where nothing is asked: the empty prompt, or zeros for SDXL where it says so."""
         zeros = self.text_encoder_2 is not None and self.config.force_zeros_for_empty_prompt
         return empty.each(torch.zeros_like) if zeros else empty
@@ -3081,11 +3109,13 @@ class DifferenceInversionPipeline(
     def _optimize(self, learner: Learner, callback: Optional[Callable], checkpoint: Optional[_Checkpoint]) -> None:
         """Has the learner take its steps, and lets callbacks, Ctrl-C and checkpoints come between."""
         num_steps = learner.config.num_optimization_steps
+        learner.prepare(None if checkpoint is None else checkpoint.state.get("learner"))
         try:
             with self._weights_kept():
-                learner.start(None if checkpoint is None else checkpoint.state.get("learner"))
-                if checkpoint is not None:
-                    checkpoint.write(learner)
+                if len(learner.candidates) == 1:
+                    learner.judge()
+                    if checkpoint is not None:
+                        checkpoint.write(learner)
                 progress_bar = self.progress_bar(range(learner.step, num_steps))
                 for step in progress_bar:
                     values = learner.take_step()
@@ -3096,7 +3126,6 @@ class DifferenceInversionPipeline(
                     if callback is not None:
                         used = learner.used_tokens(learner.tokens).detach().clone()
                         callback(self, step, {**values, "tokens": used})
-                    learner.step = step + 1
                     if learner.is_to_judge or self.interrupt:
                         learner.judge()
                     if self.interrupt:
@@ -3105,8 +3134,8 @@ class DifferenceInversionPipeline(
                         checkpoint.write(learner)
         except KeyboardInterrupt:
             logger.warning(
-                "Learning was interrupted at step %d of %d; the best tokens so far are kept.",
-                min(learner.step + 1, num_steps),  # the last one is judged after it was taken
+                "Learning was interrupted after step %d of %d; the best tokens so far are kept.",
+                learner.step,
                 num_steps,
             )
             self._stopped = True
@@ -3138,7 +3167,8 @@ class DifferenceInversionPipeline(
         )
 
     def _token_features(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """What is to point where each CLIP's delta does, (dim,): its text embedding of the tokens alone (Figure 3)."""
+        """The vector (dim,) that the CLIP loss turns towards each CLIP's delta: its text embedding of the tokens alone
+        (Figure 3)."""
         parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
         return [self._without_graph(self._clip_text_features, encoder, [""], part[None])[0] for encoder, part in parts]
 
@@ -3195,7 +3225,7 @@ class DifferenceInversionPipeline(
     # ---------------------------------------------------------------------------------- inverting and denoising
 
     def _deterministic(self, family: type) -> Any:
-        """A DDIM scheduler, or its inverse, on the model's noise schedule: two whose steps undo each other."""
+        """A DDIM scheduler, or its inverse, on the model's noise schedule, set so that they undo each other's steps."""
         spacing = self.scheduler.config.get("timestep_spacing", "leading")
         spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse knows no other
         known = inspect.signature(family.__init__).parameters
@@ -3229,11 +3259,11 @@ class DifferenceInversionPipeline(
     def _ddpm_inversion(
         self, latents, condition, scheduler, timesteps, eta: float, generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A path of noised latents down to `latents` (steps + 1, batch, ...), and the noises (steps, batch, ...) with which
-        DDPM, or what `eta` makes of it, takes each step of it.
+        """A path of noised latents down to `latents` (steps + 1, batch, ...), and for each step the noise (steps, batch, ...)
+        that leads from one point of the path to the next, at this `eta`.
 
         "An Edit Friendly DDPM Noise Space" (Huberman-Spiegelglas et al., 2024): the query is noised independently for
-        every step, so that the noises between hold its layout, and hold it under another prompt as well.
+        every step, and the steps' own noises are then solved for. They carry its layout, also under another prompt.
         """
         latents = latents.float()  # noises are small differences divided by small numbers
 
@@ -3241,14 +3271,14 @@ class DifferenceInversionPipeline(
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
             return scheduler.add_noise(latents, noise, t[None])
 
-        noises, path = [], [*map(noised, timesteps), latents]
+        step_noises, path = [], [*map(noised, timesteps), latents]
         predictions = self._predictions_along(path[:-1], timesteps, condition)
         for t, prediction, (here, there) in zip(timesteps, predictions, pairwise(path), strict=True):
             step = partial(scheduler.step, prediction, t, here, eta=eta)
             mean = step(variance_noise=torch.zeros_like(here)).prev_sample
             deviation = step(variance_noise=torch.ones_like(here)).prev_sample - mean
-            noises.append(torch.where(deviation > 0, (there - mean) / deviation, 0))
-        return torch.stack(path), torch.stack(noises)
+            step_noises.append(torch.where(deviation > 0, (there - mean) / deviation, 0))
+        return torch.stack(path), torch.stack(step_noises)
 
     def _predictions_along(
         self, path: list[torch.Tensor], timesteps: torch.Tensor, condition: _Condition
@@ -3286,7 +3316,7 @@ class DifferenceInversionPipeline(
         drawn = [latents] * len(shares)
 
         def step(latents: torch.Tensor, guidance: _Guidance) -> torch.Tensor:
-            if start.noises is not None and guidance.changes_nothing and torch.equal(latents, start.path[i]):
+            if start.step_noises is not None and guidance.changes_nothing and torch.equal(latents, start.path[i]):
                 return start.path[i + 1]
             inputs = scheduler.scale_model_input(latents, t)
             prediction = self._guided(inputs, t, guidance).to(latents.dtype)
@@ -3296,8 +3326,8 @@ class DifferenceInversionPipeline(
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self.interrupt:
                 break
-            if start.noises is not None:
-                extra = {"eta": eta, "variance_noise": start.noises[i]}
+            if start.step_noises is not None:
+                extra = {"eta": eta, "variance_noise": start.step_noises[i]}
             elif apart and eta > 0:  # the same noise for all stages
                 noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
                 extra = {"eta": eta, "variance_noise": noise}
@@ -3375,7 +3405,7 @@ class DifferenceInversionPipeline(
             negative_prompts = source_prompts
         negatives = [self._way(difference, scale, False) for difference, scale in negative_differences]
         baseline = self._along(negative_prompts, negatives, len(negatives))
-        return _Guidance(stages, shares, own, self._nothing(baseline) if nothing_negative else baseline)
+        return _Guidance(stages, shares, own, self._zeros_or_empty(baseline) if nothing_negative else baseline)
 
     def _way(self, difference: DifferenceTokens, scale: float, replace_phrases: bool) -> _Way:
         """What a difference says, forwards or, with a negative scale, backwards."""
@@ -3411,7 +3441,7 @@ class DifferenceInversionPipeline(
         self._warn_of_long_prompts(told, len(rows))
         return self._condition(told, rows.expand(len(told), -1, -1))
 
-    def _start(
+    def _begin(
         self,
         queries: Optional[torch.Tensor],
         source: _Condition,
@@ -3425,6 +3455,7 @@ class DifferenceInversionPipeline(
         generator,
         latents: Optional[torch.Tensor],
     ) -> _Start:
+        """Where denoising begins: at the queries, inverted or noised, or at noise."""
         device, dtype = self._execution_device, self.unet.dtype
         # A copy, so that neither the caller's scheduler nor its time steps are touched.
         if inversion is None:
@@ -3601,10 +3632,10 @@ class DifferenceInversionPipeline(
             [] if given is None else as_pictures(given, name)
             for name, given in (("image", image), ("before", before), ("after", after))
         )
-        path = {"inversion": inversion, "num_inference_steps": num_inference_steps, "strength": strength}
+        way_up = {"inversion": inversion, "num_inference_steps": num_inference_steps, "strength": strength}
         self.check_inputs(
             images,
-            **path,
+            **way_up,
             prompt=prompt,
             source_prompt=source_prompt,
             negative_prompt=negative_prompt,
@@ -3630,9 +3661,9 @@ class DifferenceInversionPipeline(
         for name, given in (("negative_prompt", negative_prompt), ("negative_difference", negative_difference)):
             if guidance_scale == 1 and given is not None:
                 logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
-        path["inversion"] = inversion if images else None
+        way_up["inversion"] = inversion if images else None
         if eta is None:
-            eta = DDPM_ETA if path["inversion"] == "ddpm" else 0.0
+            eta = DDPM_ETA if way_up["inversion"] == "ddpm" else 0.0
 
         # 2. The queries' prompts, if they are not given
         (prompts,) = self._write_prompts((images, prompt))
@@ -3669,7 +3700,7 @@ class DifferenceInversionPipeline(
         # 6. Where denoising begins
         noise = {"eta": eta, "generator": generator}
         copies = num_images_per_prompt
-        start = self._start(queries, guidance.own, size=size, copies=copies, latents=latents, **path, **noise)
+        start = self._begin(queries, guidance.own, size=size, copies=copies, latents=latents, **way_up, **noise)
         self._num_timesteps = len(start.timesteps)
         guidance = guidance.repeat(copies)
         mask = self._mask(mask_image, images, size, start, guidance.stages[-1], guidance.own)

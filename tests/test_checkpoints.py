@@ -97,6 +97,24 @@ def test_what_has_been_learned_is_not_learned_again(pipe, pair, tmp_path):
     assert any("goes on from" in line and f"step {STEPS}" in line for line in lines)
 
 
+def test_a_finished_checkpoint_is_only_read(pipe, pair, tmp_path):
+    first = learn(pipe, pair, tmp_path / "c")
+    written = (tmp_path / "c").stat().st_mtime_ns
+    assert torch.equal(rows_of(learn(pipe, pair, tmp_path / "c")), rows_of(first))
+    assert (tmp_path / "c").stat().st_mtime_ns == written
+
+
+def test_a_checkpoint_of_another_version_is_refused_before_any_model_runs(pipe, pair, tmp_path):
+    learn(pipe, pair, tmp_path / "c")
+    state = torch.load(tmp_path / "c", weights_only=True)
+    state["stand"] = state.pop("learner")
+    torch.save(state, tmp_path / "c")
+    with forward_calls(pipe.unet, pipe.text_encoder, pipe.clip.vision_model) as calls:
+        with pytest.raises(ValueError, match="another version"):
+            learn(pipe, pair, tmp_path / "c")
+    assert not calls
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -142,11 +142,11 @@ def test_a_learner_needs_no_pipeline():
     config = LearningConfig(lambda_clip=0, lambda_tc=2, num_optimization_steps=100, learning_rate=0.1)
     config = replace(config, objective="consistency", num_samples_per_step=4)
     learner = Learner(torch.zeros(2, 5), [pair], [], config, predict=predict, clip_features=None, draw=draw)
-    learner.start()
+    learner.prepare()
+    learner.judge()
     assert learner.best()[1] == pytest.approx(2 * 3**2)
-    for step in range(100):
+    for _ in range(100):
         learner.take_step()
-        learner.step = step + 1
         if learner.is_to_judge:
             learner.judge()
     tokens, loss = learner.best()
@@ -615,6 +615,16 @@ def state_of(pipe) -> dict:
             state[component, name, "grad"] = parameter.grad
             state[component, name, "value"] = parameter.detach().numpy().tobytes()
     return state
+
+
+def test_ctrl_c_before_there_is_anything_to_keep_ends_learning(pipe, pair):
+    """It is pressed when the UNet is first called, to know its errors without tokens."""
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: press_ctrl_c(pipe))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            learn(pipe, pair, objective="contrast", init="random")
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("do", [None, interrupt, press_ctrl_c, fail])

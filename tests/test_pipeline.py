@@ -30,6 +30,7 @@ from conftest import (
 from diffusers import (
     AutoencoderTiny,
     DDIMInverseScheduler,
+    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -1494,6 +1495,33 @@ def test_from_pipe_shares_the_weights_of_a_stock_pipeline(dtype, said, pair):
     pipe.set_progress_bar_config(disable=True)
     assert torch.isfinite(apply(pipe)).all()
     assert rows_of(pipe.invert_difference(**pair, num_optimization_steps=4, generator=seeded())).any()
+
+
+def test_from_pipe_says_what_another_pipeline_lacks(pipe):
+    other = DDIMPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
+    with pytest.raises(ValueError, match=r"DDIMPipeline and has no \['text_encoder', 'tokenizer', 'vae'\]"):
+        DifferenceInversionPipeline.from_pipe(other)
+    parts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "vae")}
+    assert DifferenceInversionPipeline.from_pipe(other, **parts).unet is pipe.unet
+
+
+def test_prompts_to_encode_are_checked(pipe):
+    with pytest.raises(ValueError, match="`negative_prompt` has 3 prompts for 2"):
+        pipe.encode_prompt(["a boat", "a tent"], negative_prompt=["a"] * 3)
+    with pytest.raises(TypeError, match="`prompt` must be a string"):
+        pipe.encode_prompt([3])
+    with pytest.raises(ValueError, match="`difference` has 60 tokens"):
+        pipe.encode_prompt("a boat", difference=random_tokens(num_tokens=60))
+    with logged() as lines:
+        pipe.encode_prompt("a boat " * 60)
+    assert any("shortened" in line for line in lines)
+
+
+def test_several_differences_are_encoded_one_after_the_other_and_zeros_not_at_all(pipe):
+    one, two = random_tokens(), random_tokens(num_tokens=3, seed=6)
+    both = pipe.encode_prompt("a boat", difference=[one, two])[0]
+    torch.testing.assert_close(both, embedded(pipe, "a boat", torch.cat([rows_of(one), rows_of(two)])))
+    torch.testing.assert_close(pipe.encode_prompt("a boat", difference=0 * one)[0], embedded(pipe, "a boat"))
 
 
 def test_from_pipe_of_an_offloaded_pipeline_is_offloaded_too(pair):
