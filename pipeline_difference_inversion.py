@@ -2119,6 +2119,12 @@ class DifferenceInversionPipeline(
             return positive, []
         return positive, self._resolve_difference(negative_difference, 1.0, "negative_difference")
 
+    @staticmethod
+    def _warn_of_no_effect(guidance_scale: float, **given) -> None:
+        for name, value in given.items():
+            if guidance_scale == 1 and value is not None:
+                logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
+
     def _check_noise(self, generator, latents, batch_size: int, size: tuple[int, int], inverted: bool) -> None:
         self._check_generator(generator)
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -2784,15 +2790,9 @@ class DifferenceInversionPipeline(
         deltas = self._clip_deltas(pairs, config.alpha) if config.lambda_clip > 0 else []
         # 2. The words that the pictures lost and gained
         state, alike = {} if checkpoint is None else checkpoint.state, self._look_alike(pairs)
-        lost, gained = state.get("words", ([], []))
         if state:
             logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["learner"]["step"])
-        elif alike:
-            logger.warning(
-                "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
-            )
-        elif config.init == "words":
-            lost, gained = self._find_words(pairs, config.num_tokens, generator)
+        lost, gained = state["words"] if state else self._find_words(pairs, config, generator)
         # 3. The tokens to begin as
         allowed = self._vocabulary_words() if hard else None
         words = self._word_rows(gained, config.num_tokens, allowed)
@@ -2842,13 +2842,20 @@ class DifferenceInversionPipeline(
         return DifferenceTokens(embeddings, self._metadata(config, loss, generator, first) | story)
 
     def _find_words(
-        self, pairs: list[Pair], most: int, generator: Optional[torch.Generator]
+        self, pairs: list[Pair], config: LearningConfig, generator: Optional[torch.Generator]
     ) -> tuple[list[str], list[str]]:
-        """Words that the pairs lost and gained, up to `most` of each: proposed by prompts and by CLIP, and chosen by the
-        UNet.
+        """Words that the pairs lost and gained, up to `num_tokens` of each, if tokens are to begin as words: proposed by prompts
+        and by CLIP, and chosen by the UNet.
 
         Several pairs are judged together, so that a word must hold for them all.
         """
+        if self._look_alike(pairs):
+            logger.warning(
+                "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
+            )
+            return [], []
+        if config.init != "words":
+            return [], []
         has_clip = bool(self._encoders_with_clip()) and self.clip_processor is not None
         choosing, verifying = (
             self._evidence(pairs, self._draw(pairs[0].before_latents, n, generator, False, EVIDENCE_TIMESTEPS))
@@ -2864,8 +2871,10 @@ class DifferenceInversionPipeline(
         nearest = ([], [])
         if has_clip:
             said, nearest = self._words_along_the_delta(said, pairs)
-        search.run([*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=most)
-        search.look_again([words[:NUM_LIKELY] for words in nearest], most)
+        search.run(
+            [*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=config.num_tokens
+        )
+        search.look_again([words[:NUM_LIKELY] for words in nearest], most=config.num_tokens)
         if any(search.found):
             search.verify(verifying)
         search.order(pairs[0].prompts)
@@ -3658,9 +3667,9 @@ class DifferenceInversionPipeline(
         learning = self._learning_options(befores, afters, learning_kwargs, complete_prompts, generator, asked)
         if guidance_scale is None:
             guidance_scale = 1.0 if images else 7.5
-        for name, given in (("negative_prompt", negative_prompt), ("negative_difference", negative_difference)):
-            if guidance_scale == 1 and given is not None:
-                logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
+        self._warn_of_no_effect(
+            guidance_scale, negative_prompt=negative_prompt, negative_difference=negative_difference
+        )
         way_up["inversion"] = inversion if images else None
         if eta is None:
             eta = DDPM_ETA if way_up["inversion"] == "ddpm" else 0.0

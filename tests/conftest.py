@@ -215,9 +215,11 @@ def rows_of(difference) -> torch.Tensor:
 
 
 def embedded(pipe, prompts, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """The text encoder's hidden states (batch, length, dim) of prompts that end in rows (num_tokens, dim)."""
-    difference = None if rows is None else DifferenceTokens({"<difference>": rows})
-    return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, difference=difference)[0]
+    """The text encoder's hidden states (batch, length, dim) of prompts that end in rows (num_tokens, dim), zeros too."""
+    if rows is None:
+        return pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return pipe._condition(prompts, rows.expand(len(prompts), -1, -1)).prompt_embeds
 
 
 LEARNING = {*LearningConfig.__dataclass_fields__, "callback_on_optimization_step"}
