@@ -3707,17 +3707,17 @@ class DifferenceInversionPipeline(
         )
 
         # 6. Where denoising begins
-        noise = {"eta": eta, "generator": generator}
+        randomness = {"eta": eta, "generator": generator}
         copies = num_images_per_prompt
-        start = self._begin(queries, guidance.own, size=size, copies=copies, latents=latents, **way_up, **noise)
+        start = self._begin(queries, guidance.own, size=size, copies=copies, latents=latents, **way_up, **randomness)
         self._num_timesteps = len(start.timesteps)
         guidance = guidance.repeat(copies)
         mask = self._mask(mask_image, images, size, start, guidance.stages[-1], guidance.own)
 
         # 7. Denoise along the difference
         places = None if mask is None else F.max_pool2d(mask, self.vae_scale_factor) > 0
-        call_back = {"callback": callback_on_step_end, "tensor_inputs": callback_on_step_end_tensor_inputs}
-        latents = self._denoise(start, guidance, mask=places, **noise, **call_back)
+        watching = {"callback": callback_on_step_end, "tensor_inputs": callback_on_step_end_tensor_inputs}
+        latents = self._denoise(start, guidance, mask=places, **randomness, **watching)
 
         # 8. Pixels
         own = None if mask is None or output_type == "latent" else self._pixels(images, size)
