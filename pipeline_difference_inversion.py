@@ -512,20 +512,23 @@ class WordSearch:
         both pictures show may seem to do a little of each.
         """
         gain = self._gain(word, [other for other in search.found[side] if other != word], side)
-        loudness = search.loudness(word, side)
-        loudest = max(search.loudness(found, place) for place in (0, 1) for found in search.found[place])
-        quiet = min(LOUD, QUIET_SHARE * loudest)
-        if loudness < quiet:  # on these noises it may be heard
-            loudness = max(loudness, self.loudness(word, side))
-        if loudness >= quiet and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
+        loudness, least = search.loudness(word, side), search.least_loudness(search.found)
+        if loudness < least:  # on these noises it may be heard
+            loudness, least = max(loudness, self.loudness(word, side)), self.least_loudness(search.found)
+        if loudness >= least and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
             return 0.0  # of most words no more need be known
         contrast = -self._gain(word, search.found[1 - side], 1 - side)
         loudness = max(contrast, loudness)
         doubt = -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness)
-        if loudness < quiet:
+        if loudness < least:
             gain_alone, _ = self.gains_alone(word, side)
             doubt = max(doubt, LEAST_GAIN_ALONE - gain_alone, -contrast - MOST_FRESH_HELP)
         return doubt
+
+    def least_loudness(self, found: tuple[list[str], list[str]]) -> float:
+        """Below which a word is quiet beside the loudest of those found."""
+        loudest = max(self.loudness(word, side) for side in (0, 1) for word in found[side])
+        return min(LOUD, QUIET_SHARE * loudest)
 
     def loudness(self, word: str, side: int) -> float:
         """By how much a word alone harms the other picture."""
