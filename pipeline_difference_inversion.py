@@ -92,7 +92,7 @@ NUM_EVIDENCE_SAMPLES = 5  # (noise, time step) pairs that a word is judged on
 NUM_VERIFICATION_SAMPLES = 12  # other pairs, that the words found must hold on too
 EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
 NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
-NUM_LIKELY = 4  # of these, that are looked at again when louder words are known
+NUM_LIKELY = 4  # of these, that are looked at again at the end
 NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
 NUM_SHARED_CANDIDATES = 64  # vocabulary words nearest to both pictures, of which CLIP describes what they share
 MOST_SHARED_WORDS = 7  # in that description
@@ -110,11 +110,11 @@ NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, whe
 # A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
 # than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
-# On fresh noises, a word may harm its own picture by MOST_FRESH_HARM. It is quiet if alone it harms the other picture by less
-# than LOUD, and by less than QUIET_SHARE of what the loudest word does; a quiet one may help the other picture beside its words
-# by MOST_FRESH_HELP, and must alone help its own by LEAST_GAIN_ALONE. All are relative to the error without words; see
-# RESULTS.md.
-MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE = 0.003, 0.015, 0.06
+# A word is quiet if alone it harms the other picture by less than LOUD, and by less than QUIET_SHARE of what the loudest word
+# does. One that is not quiet on the noises that chose it only has to help its own picture by LEAST_FRESH_GAIN on fresh ones.
+# Others may harm it there by MOST_FRESH_HARM; those that are quiet there may help the other picture beside its words by
+# MOST_FRESH_HELP, and must alone help their own by LEAST_GAIN_ALONE. All are relative to the error without words; see RESULTS.md.
+LEAST_FRESH_GAIN, MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE = 0.03, 0.003, 0.015, 0.06
 LOUD, QUIET_SHARE = 0.7, 0.15
 # A likely word may be hidden by louder ones if alone it harms its own picture by no more than MOST_HIDDEN_HARM, and the other
 # by LEAST_HIDDEN_CONTRAST more. Beside them it must then help its own picture by LEAST_HIDDEN_GAIN, and help the other by no more
@@ -512,11 +512,11 @@ class WordSearch:
         both pictures show may seem to do a little of each.
         """
         gain = self._gain(word, [other for other in search.found[side] if other != word], side)
-        loudness, least = search.loudness(word, side), search.least_loudness(search.found)
-        if loudness < least:  # on these noises it may be heard
-            loudness, least = max(loudness, self.loudness(word, side)), self.least_loudness(search.found)
-        if loudness >= least and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
+        if gain >= LEAST_FRESH_GAIN and search.loudness(word, side) >= search.least_loudness(search.found):
             return 0.0  # of most words no more need be known
+        loudness, least = self.loudness(word, side), self.least_loudness(search.found)
+        if loudness >= least and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
+            return 0.0
         contrast = -self._gain(word, search.found[1 - side], 1 - side)
         loudness = max(contrast, loudness)
         doubt = -gain - max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness)

@@ -42,7 +42,7 @@ def test_unshared_words_say_something_and_stand_in_one_prompt_only():
 
 # ---------------------------------------------------------------------------------------- the search, on a toy world
 
-LOUDNESS = {"castle": 0.5, "cabin": 0.5, "storm": 0.04, "day": 0.04, "red": 0.2, "tall": 0.3, "moon": 0.05}
+LOUDNESS = {"castle": 0.5, "cabin": 0.5, "storm": 0.04, "day": 0.04, "red": 0.2, "tall": 0.3}
 SHOWN = ({"cabin", "day", "red", "tall"}, {"castle", "storm", "red", "tall"})  # what A shows, and A'
 
 
@@ -72,7 +72,7 @@ def test_no_more_words_are_found_than_asked_for():
 
 def lucky_errors(phrases: list[str], picture: int) -> torch.Tensor:
     """As `toy_errors`, on noises under which "moon" seems to hold for A'."""
-    luck = torch.tensor([[("moon" in phrase) * (0.5 if picture == 0 else -0.2)] for phrase in phrases])
+    luck = torch.tensor([[("moon" in phrase) * (0.5 if picture == 0 else -0.1)] for phrase in phrases])
     return toy_errors(phrases, picture) + luck
 
 
