@@ -942,7 +942,7 @@ def lock_of(model: torch.nn.Module) -> threading.RLock:
 def taking_turns(method: Callable) -> Callable:
     """Makes a pipeline's method wait until no other thread uses any of the same models, which hold what a call puts there.
 
-    One thread may call from within a call, as callbacks do.
+    One thread may call from within a call, as callbacks do. The outermost call finds once what does not change during it.
     """
 
     @wraps(method)
@@ -950,6 +950,9 @@ def taking_turns(method: Callable) -> Callable:
         with ExitStack() as held:
             for model in sorted(self._models(), key=id):  # in the same order everywhere, so that none waits for ever
                 held.enter_context(lock_of(model))
+            if self._once is None:
+                self._once = {}
+                held.callback(setattr, self, "_once", None)
             return method(self, *arguments, **options)
 
     return wait_and_call
@@ -1691,6 +1694,7 @@ class DifferenceInversionPipeline(
         "clip_2",
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _once: Optional[dict[str, Any]] = None  # what the running call has found; None between calls
 
     def __init__(
         self,
@@ -1759,6 +1763,24 @@ class DifferenceInversionPipeline(
             return [_Encoder(DEFAULT_TOKEN, *first)]
         second = (self.tokenizer_2, self.text_encoder_2, self.clip_2, "clip_2")
         return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
+
+    def _found_once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find` gives, which during a call is asked once."""
+        if self._once is None:
+            return find()
+        if name not in self._once:
+            self._once[name] = find()
+        return self._once[name]
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Diffusers' own, which looks through all modules each time: a twentieth of an analogy on Storybook."""
+        return self._found_once("device", partial(DiffusionPipeline._execution_device.fget, self))
+
+    @property
+    def _training_schedule(self) -> DDPMScheduler:
+        """How the model's training added noise; the user's scheduler may do it by a convention of its own."""
+        return self._found_once("schedule", partial(DDPMScheduler.from_config, self.scheduler.config))
 
     def _models(self) -> list[torch.nn.Module]:
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
@@ -2489,11 +2511,8 @@ class DifferenceInversionPipeline(
         return empty.each(torch.zeros_like) if zeros else empty
 
     def _condition(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> _Condition:
-        rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows
-        return self._encode(prompts, rows.to(self._execution_device))
-
-    def _encode(self, prompts: list[str], rows: torch.Tensor) -> _Condition:
-        """As `_condition`, for rows that are on the device: finding it took a fifth of each step of learning."""
+        """Prompts, each followed by its rows (batch, num_tokens, dim), as the UNet is told them."""
+        rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows.to(self._execution_device)
         outputs, is_xl = [], self.text_encoder_2 is not None
         self._make_room(*(encoder.model for encoder in self._encoders))
         for encoder, part in self._by_encoder(rows):
@@ -3210,17 +3229,14 @@ class DifferenceInversionPipeline(
         Both are (images, samples, channels, height, width): every image under every noise of the draw.
         """
         images, samples = len(prompts), len(draw.timesteps)
-        condition = self._without_graph(self._encode, prompts, rows).repeat(samples)
+        condition = self._without_graph(self._condition, prompts, rows).repeat(samples)
         latents = latents.repeat_interleave(samples, dim=0)
         noise, timesteps = draw.noise.repeat(images, 1, 1, 1), draw.timesteps.repeat(images)
-        # The user's scheduler may add noise by a convention of its own; the model was trained by this one's.
-        training_schedule = DDPMScheduler.from_config(self.scheduler.config)
-        noisy_latents = training_schedule.add_noise(latents, noise, timesteps)
-        prediction = self._unet_output(noisy_latents, timesteps, condition)
-        prediction_type = training_schedule.config.prediction_type
-        target = noise if prediction_type == "epsilon" else latents
-        if prediction_type == "v_prediction":
-            target = training_schedule.get_velocity(latents, noise, timesteps)
+        schedule = self._training_schedule
+        prediction = self._unet_output(schedule.add_noise(latents, noise, timesteps), timesteps, condition)
+        target = noise if schedule.config.prediction_type == "epsilon" else latents
+        if schedule.config.prediction_type == "v_prediction":
+            target = schedule.get_velocity(latents, noise, timesteps)
         return prediction.float().unflatten(0, (images, samples)), target.unflatten(0, (images, samples))
 
     def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:

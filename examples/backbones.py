@@ -1,5 +1,5 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
-"""Stable Diffusion 1.5, 2.1 and SDXL by their real configurations, with random weights, at full or at a fraction of width.
+"""Stable Diffusion 1.5, 2.1 and SDXL by their real configurations, with random weights, at full size or narrow and shallow.
 
 The configurations are in tests/backbones, as they are on the Hub. The tokenizer is Storybook's, whose ids are in the same
 places: start and end of text are its last two.
@@ -25,6 +25,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "tests" / "backbones").glob("*.json"))}
 CLIP_IMAGE = 224  # pixels
+SHALLOW = 4  # layers of a text encoder
 
 
 def build_tokenizer(pad_token: str) -> CLIPTokenizer:
@@ -32,10 +33,10 @@ def build_tokenizer(pad_token: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, pad_token=pad_token, model_max_length=77)
 
 
-def build_clip(config: dict, vocab_size: int, divide: int, layers: int | None = None) -> CLIPModel:
+def build_clip(config: dict, vocab_size: int, divide: int, layers: int) -> CLIPModel:
     """A CLIP with the text tower of a base model's text encoder; its picture tower is small, as nothing else sees it."""
     text = narrowed(config, divide) | {"vocab_size": vocab_size, "max_position_embeddings": 77, "bos_token_id": 0}
-    text["num_hidden_layers"] = layers or text["num_hidden_layers"]
+    text["num_hidden_layers"] = layers
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": CLIP_IMAGE, "patch_size": 32, "projection_dim": text["projection_dim"]}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"])).eval()
@@ -66,6 +67,9 @@ def build_unet(config: dict, divide: int, sample_size: int | None) -> UNet2DCond
         config["block_out_channels"] = [width // divide for width in config["block_out_channels"]]
         config["cross_attention_dim"] //= divide
         config["attention_head_dim"] = 2
+        config["layers_per_block"] = 1
+        layers = config.get("transformer_layers_per_block", 1)
+        config["transformer_layers_per_block"] = [min(n, 2) for n in layers] if isinstance(layers, list) else layers
         config["norm_num_groups"] = 2
         if "projection_class_embeddings_input_dim" in config:
             for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
@@ -90,7 +94,7 @@ def build_backbone(name: str, divide: int = 1, sample_size: int | None = None, s
 
     Args:
         name: `"sd15"`, `"sd21"` or `"sdxl"`.
-        divide: all widths by this; 1, 16 or 32.
+        divide: all widths by this; 1, 16 or 32. Above 1 the models are also shallow, with as many kinds of layers.
         sample_size: latents high and wide, instead of the configuration's.
         seed: of the weights.
     """
@@ -102,8 +106,12 @@ def build_backbone(name: str, divide: int = 1, sample_size: int | None = None, s
     vocab_size = 49408 if divide == 1 else len(parts["tokenizer"])
     encoders = {"": "text_encoder"} | ({"_2": "text_encoder_2"} if "text_encoder_2" in config else {})
     for suffix, encoder in encoders.items():
-        clip = build_clip(config[encoder], vocab_size, divide, config.get("clip_layers"))
         layers = config[encoder]["num_hidden_layers"]
+        beyond = (
+            config.get("clip_layers", layers) - layers
+        )  # Stable Diffusion 2's text encoder lacks CLIP's last layer
+        layers = layers if divide == 1 else min(layers, SHALLOW)
+        clip = build_clip(config[encoder], vocab_size, divide, layers + beyond)
         parts |= {f"clip{suffix}": clip, encoder: build_text_encoder(clip, layers, with_projection=suffix == "_2")}
         parts[f"tokenizer{suffix}"] = build_tokenizer(config[f"pad_token{suffix}"])
     size = {"height": CLIP_IMAGE, "width": CLIP_IMAGE}

@@ -81,18 +81,18 @@ def directional_score(encode: Encoder, before, after, query, answer) -> float:
     return float(F.cosine_similarity(a2 - a, b2 - b, dim=0))
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triplets", type=Path, required=True, help="a file of JSON lines")
     parser.add_argument("--model", default=str(STORYBOOK), help="a Stable Diffusion 1.x or 2.x folder or Hub name")
     parser.add_argument("--encoder", action="append", default=[], help="a vision model's folder or Hub name")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder for answers and scores")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     triplets = read_triplets(options.triplets)
     pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)

@@ -125,7 +125,7 @@ def card_of(difference: DifferenceTokens, repo_id: str, pictures: list[str]) -> 
     return ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WRITERS, "difference"])
     parser.add_argument("repo_id", metavar="USER/NAME")
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--after", type=Path, metavar="PICTURE", help="after it")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write there, and upload nothing")
     parser.add_argument("--private", action="store_true", help="if the repository is made now")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     pictures = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
     if (options.what == "difference") != (options.file is not None) or (pictures and options.file is None):
         parser.error("--file is the difference that `difference` publishes, and --before and --after are its pictures")

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 
-# Before torch is imported: workers share the cores, and so do the processes that tests start.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
+# Before torch is imported: a worker has one core, and so has each process that its tests start. Two threads that wait for
+# each other while another worker has their core took five times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 

@@ -511,7 +511,8 @@ def test_textual_inversions_are_understood_in_prompts_and_do_not_unsettle_clip(p
     assert joined(difference.embeddings).isfinite().all()
 
 
-# How the files of one piece, which many checkpoints come as, name what diffusers names otherwise; in this order.
+# How the files of one piece, which many checkpoints come as, name what diffusers names otherwise; in this order. They count
+# all layers on end, of which each block here has one going down, and then the step down, and two coming up.
 SINGLE_FILE_NAMES = {
     "unet": [
         (r"^time_embedding.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
@@ -520,16 +521,16 @@ SINGLE_FILE_NAMES = {
         (r"^conv_out", "out.2"),
         (
             r"^down_blocks.(\d).(resnets|attentions).(\d)",
-            lambda m: f"input_blocks.{3 * int(m[1]) + int(m[3]) + 1}.{int(m[2] == 'attentions')}",
+            lambda m: f"input_blocks.{2 * int(m[1]) + int(m[3]) + 1}.{int(m[2] == 'attentions')}",
         ),
-        (r"^down_blocks.(\d).downsamplers.0.conv", lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op"),
+        (r"^down_blocks.(\d).downsamplers.0.conv", lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op"),
         (
             r"^up_blocks.(\d).(resnets|attentions).(\d)",
-            lambda m: f"output_blocks.{3 * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}",
+            lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}",
         ),
         (
             r"^up_blocks.(\d).upsamplers.0",
-            lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}",
+            lambda m: f"output_blocks.{2 * int(m[1]) + 1}.{1 if m[1] == '0' else 2}",
         ),
         (r"^mid_block.resnets.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
         (r"^mid_block.attentions.0", "middle_block.1"),

@@ -1546,7 +1546,7 @@ def test_from_pipe_of_a_pipeline_whose_layers_are_offloaded_leaves_clip_its_weig
 def asked_by_pez(pipe, pair: dict, query) -> dict:
     """Arguments of a call whose three prompts are hard prompts."""
     images = [query, pair["before"], pair["after"]]
-    prompts = pipe.hard_prompts(images, num_tokens=4, num_steps=2, generator=seeded())
+    prompts = pipe.hard_prompts(images, num_tokens=4, num_steps=2, num_revisions=1, generator=seeded())
     names = ("prompt", "before_prompt", "after_prompt")
     return {"before": images[1], "after": images[2], "image": query, **dict(zip(names, prompts, strict=True))}
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import publish
 import pytest
 import torch
 from conftest import PIPELINE_FILE, ROOT, WIDTH, build_pipeline, picture, random_tokens, rows_of, seeded
@@ -16,9 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline_difference_inversion import DifferenceTokens
-
-
-EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ def test_a_published_difference_loads_as_it_was_and_has_a_card(pipe, pair, tmp_p
     for name in ("before", "after"):
         pair[name].save(tmp_path / f"{name}.png")
     pictures = [f"--{name}={tmp_path / name}.png" for name in ("before", "after")]
-    publish("difference", "someone/yellow-castle", f"--file={file}", *pictures, "--dry-run", str(folder))
+    publish.main(["difference", "someone/yellow-castle", f"--file={file}", *pictures, "--dry-run", str(folder)])
     loaded = pipe.load_difference(folder)
     assert torch.equal(rows_of(loaded), rows_of(difference)) and loaded.metadata == difference.metadata
     assert Image.open(folder / "before.png").tobytes() == pair["before"].tobytes()
@@ -70,7 +68,7 @@ def test_a_published_difference_loads_as_it_was_and_has_a_card(pipe, pair, tmp_p
 
 def test_a_card_does_without_pictures_and_without_a_story(tmp_path):
     file = DifferenceTokens({"<cat>": torch.zeros(1, 4)}).save(tmp_path / "cat")
-    publish("difference", "someone/cat", f"--file={file}", "--dry-run", str(tmp_path / "cat"))
+    publish.main(["difference", "someone/cat", f"--file={file}", "--dry-run", str(tmp_path / "cat")])
     card = ModelCard.load(tmp_path / "cat" / "README.md")
     assert "# someone/cat" in card.content and ".png" not in card.content
     assert card.data.base_model is None
@@ -78,7 +76,7 @@ def test_a_card_does_without_pictures_and_without_a_story(tmp_path):
 
 def test_the_card_of_an_sdxl_difference_shows_both_calls(tmp_path):
     file = DifferenceTokens({"clip_l": torch.zeros(1, 4), "clip_g": torch.zeros(1, 8)}).save(tmp_path / "two")
-    publish("difference", "someone/two", f"--file={file}", "--dry-run", str(tmp_path / "two"))
+    publish.main(["difference", "someone/two", f"--file={file}", "--dry-run", str(tmp_path / "two")])
     card = (tmp_path / "two" / "README.md").read_text()
     assert "clip_g" in card and "text_encoder_2" in card and "weight_name=" not in card
 
@@ -86,19 +84,19 @@ def test_the_card_of_an_sdxl_difference_shows_both_calls(tmp_path):
 @pytest.mark.parametrize(
     "what, options", [("difference", []), ("storybook", ["--file=d.safetensors"]), ("pipeline", ["--before=a.png"])]
 )
-def test_a_file_is_published_as_a_difference_and_nothing_else_is(tmp_path, what, options):
-    with pytest.raises(subprocess.CalledProcessError) as failed:
-        publish(what, "someone/thing", *options, "--dry-run", str(tmp_path / "new"))
-    assert b"--file is the difference" in failed.value.stderr and not (tmp_path / "new").exists()
+def test_a_file_is_published_as_a_difference_and_nothing_else_is(tmp_path, capsys, what, options):
+    with pytest.raises(SystemExit):
+        publish.main([what, "someone/thing", *options, "--dry-run", str(tmp_path / "new")])
+    assert "--file is the difference" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_a_difference_is_published_with_its_card_once_its_pictures_are_opened(hub, tmp_path):
     file = random_tokens().save(tmp_path / "d")
     picture("red").save(tmp_path / "a.png")
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        publish("difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'none.png'}", **online(hub))
+        publish_alone(hub, "difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'none.png'}")
     assert b"none.png" in failed.value.stderr and "someone/thing" not in hub.repositories
-    publish("difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'a.png'}", **online(hub))
+    publish_alone(hub, "difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'a.png'}")
     assert set(hub.repositories["someone/thing"]["main"]) == {"README.md", "after.png", "difference.safetensors"}
 
 
@@ -305,9 +303,10 @@ def online(hub: Hub) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
 
 
-def publish(what: str, repo_id: str, *options: str, **environment: str) -> None:
-    command = [sys.executable, str(EXAMPLES / "publish.py"), what, repo_id, *options]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+def publish_alone(hub: Hub, *arguments: str) -> None:
+    """In a process of its own: huggingface_hub asks for the Hub's address once."""
+    command = [sys.executable, publish.__file__, *arguments]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **online(hub)})
 
 
 LOAD = """
@@ -318,14 +317,14 @@ print(type(pipe).__name__, pipe.clip is not None, pipe.captioner is not None, ha
 
 
 def test_the_published_storybook_loads_by_itself_in_a_fresh_process(tmp_path):
-    publish("storybook", "someone/storybook", "--dry-run", str(tmp_path / "storybook"))
+    publish.main(["storybook", "someone/storybook", "--dry-run", str(tmp_path / "storybook")])
     said = run_alone(LOAD.format("'storybook'"), tmp_path)
     assert said.split()[-4:] == ["DifferenceInversionPipeline", "True", "True", "False"]
     assert ModelCard.load(tmp_path / "storybook" / "README.md").data.library_name == "diffusers"
 
 
 def test_the_published_pipeline_loads_beside_any_checkpoint(shelf, tmp_path):
-    publish("pipeline", "someone/difference-inversion", "--dry-run", str(tmp_path / "code"))
+    publish.main(["pipeline", "someone/difference-inversion", "--dry-run", str(tmp_path / "code")])
     said = run_alone(LOAD.format(f"{str(shelf / 'model')!r}, custom_pipeline='code'"), tmp_path)
     assert said.split()[-4:] == ["DifferenceInversionPipeline", "False", "False", "False"]
     card = (tmp_path / "code" / "README.md").read_text()
@@ -341,7 +340,7 @@ def put_pinned(hub: Hub, repo_id: str) -> None:
 
 @pytest.mark.parametrize("pin, is_pinned", [("", "False"), (", revision='v1'", "True")])
 def test_storybook_is_published_and_loads_from_the_hub_at_any_revision(hub, tmp_path, pin, is_pinned):
-    publish("storybook", "someone/storybook", **online(hub))
+    publish_alone(hub, "storybook", "someone/storybook")
     put_pinned(hub, "someone/storybook")
     said = run_alone(LOAD.format(f"'someone/storybook'{pin}"), tmp_path, **online(hub))
     assert said.split()[-4:] == ["DifferenceInversionPipeline", "True", "True", is_pinned]
@@ -349,7 +348,7 @@ def test_storybook_is_published_and_loads_from_the_hub_at_any_revision(hub, tmp_
 
 @pytest.mark.parametrize("pin, is_pinned", [("", "False"), (", custom_revision='v1'", "True")])
 def test_the_pipeline_is_published_and_loads_from_the_hub_at_any_revision(hub, shelf, tmp_path, pin, is_pinned):
-    publish("pipeline", "someone/code", **online(hub))
+    publish_alone(hub, "pipeline", "someone/code")
     put_pinned(hub, "someone/code")
     code = LOAD.format(f"{str(shelf / 'model')!r}, custom_pipeline='someone/code'{pin}")
     said = run_alone(code, tmp_path, **online(hub))

@@ -575,8 +575,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options, state = parse_options(), PartialState(cpu=not torch.cuda.is_available())
+def main(arguments: list[str] | None = None) -> None:
+    options, state = parse_options(arguments), PartialState(cpu=not torch.cuda.is_available())
     dtype = DTYPES[options.dtype]
     pipe = load_pipeline(options.model, state.device, options.xl, dtype)
     options.instruct = options.instruct and load_instruct(pipe, options.instruct).to(dtype)

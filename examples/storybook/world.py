@@ -8,6 +8,7 @@ caption names. Everything else in a picture follows from these; nothing is rando
 """
 
 import dataclasses
+import functools
 import math
 import random
 import sys
@@ -203,13 +204,20 @@ class _Canvas:
         self.draw.arc(box, 180, 360, fill=fill, width=max(1, round(width * self.side)))
 
 
-def _draw_sky(canvas: _Canvas, scene: Scene) -> None:
-    top, middle, bottom = _SKIES[scene.sky]
-    for row in range(canvas.side):
-        height = min(1.0, row / canvas.side / scene.horizon)
+@functools.lru_cache(maxsize=8)  # scenes are mostly drawn along with others that have the same sky and horizon
+def _gradient(sky: str, horizon: float, side: int) -> Image.Image:
+    """A sky's colours, from the top down to the horizon."""
+    top, middle, bottom = _SKIES[sky]
+    column = Image.new("RGB", (1, side))
+    for row in range(side):
+        height = min(1.0, row / side / horizon)
         start, end, t = (top, middle, height * 2) if height < 0.5 else (middle, bottom, height * 2 - 1)
-        fill = tuple(round(a + (b - a) * t) for a, b in zip(start, end, strict=True))
-        canvas.draw.line([(0, row), (canvas.side, row)], fill=fill)
+        column.putpixel((0, row), tuple(round(a + (b - a) * t) for a, b in zip(start, end, strict=True)))
+    return column.resize((side, side), Image.Resampling.NEAREST)
+
+
+def _draw_sky(canvas: _Canvas, scene: Scene) -> None:
+    canvas.image.paste(_gradient(scene.sky, scene.horizon, canvas.side))
     if scene.sky == "day":
         canvas.ellipse(0.13, 0.14, 0.085, 0.085, (255, 226, 96))
         _draw_cloud(canvas, 0.40, 0.12, 0.085, (255, 255, 255))
