@@ -33,6 +33,7 @@ import math
 import numbers
 import os
 import re
+import sys
 import tempfile
 import threading
 import uuid
@@ -1039,7 +1040,8 @@ def check_number(
     meaning: str = "",
 ) -> None:
     """Raises `ValueError` for what is no finite number, or no whole one, or outside the range, which it names."""
-    if not isinstance(value, numbers.Integral if whole else numbers.Real) or not np.isfinite(value):
+    is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"`{name}` is {value!r}; it must be a {'whole' if whole else 'finite'} number.")
     if least <= value <= most and value > above:
         return
@@ -1050,7 +1052,9 @@ def check_number(
 
 def check_choice(name: str, value: Any, *choices: Any) -> None:
     """Raises `ValueError` for what is none of the choices, which it names."""
-    if value not in choices:
+    if not any(
+        isinstance(value, type(choice)) and value == choice for choice in choices
+    ):  # arrays are equal to nothing
         *others, last = map(repr, choices)
         raise ValueError(f"`{name}` is {value!r}; it is {', '.join(others)} or {last}.")
 
@@ -1086,7 +1090,7 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
         )
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow knows no straight way
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     if image.mode == "F":
         return _flatten_array(np.asarray(image), name)
@@ -1099,26 +1103,28 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
 
 def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
     """Whole numbers are taken for 0 to 255 and others for 0 to 1; arrays have their channels last, tensors first."""
-    channels = -1 if isinstance(image, np.ndarray) else 0
+    is_array = isinstance(image, np.ndarray)
     if image.ndim == 2:
-        image = image[..., None] if channels else image[None]
-    transparent = bool(channels) and image.dtype == np.uint8 and image.shape[-1] in (2, 4)
-    if image.ndim != 3 or not (transparent or image.shape[channels] in (1, 3)):
-        order = "(height, width, 3)" if channels else "(3, height, width)"
+        image = image[..., None] if is_array else image[None]
+    channels = image.shape[-1 if is_array else 0] if image.ndim == 3 and 0 not in image.shape else 0
+    transparent = is_array and image.dtype == np.uint8 and channels in (2, 4)
+    if not transparent and channels not in (1, 3):
+        order = "(height, width, 3)" if is_array else "(3, height, width)"
         raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
-    if channels and image.dtype == np.uint8:
-        return flatten_image(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), name)
-    is_floating = np.issubdtype(image.dtype, np.floating) if channels else image.is_floating_point()
+    if is_array and image.dtype == np.uint8:
+        return flatten_image(Image.fromarray(image.squeeze(-1) if channels == 1 else image), name)
+    if image.dtype.kind not in "buif" if is_array else image.is_complex():
+        raise TypeError(f"`{name}` holds {image.dtype}; a picture holds whole or floating-point numbers.")
+    is_floating = image.dtype.kind == "f" if is_array else image.is_floating_point()
     scale = 1 if is_floating or image.dtype in (np.bool_, torch.bool) else 255
-    highest = float((image if channels else image.float()).max())  # of some whole numbers torch has no maximum
-    if highest > (1.01 if is_floating else scale):
+    values = image.astype(np.float32) if is_array else image.float()
+    lowest, highest = float(values.min()), float(values.max())
+    # Diffusers still takes floating-point pictures from -1 to 1, and warns.
+    if not (lowest >= (-1.01 if is_floating else 0) and highest <= (1.01 if is_floating else scale)):
         kind = "floating-point pictures" if is_floating else "pictures in whole numbers"
-        raise ValueError(f"`{name}` has values up to {highest:g}; of {kind} they end at {scale}.")
-    if channels:
-        image = np.repeat(image, 3 // image.shape[-1], axis=-1).astype(np.float32) / scale
-    else:
-        image = (image if is_floating else image.float()).expand(3, -1, -1) / scale
-    return image[None]  # [1, height, width, 3] or [1, 3, height, width]
+        raise ValueError(f"`{name}` has values from {lowest:g} to {highest:g}; {kind} have them from 0 to {scale}.")
+    values = np.repeat(values, 3 // channels, axis=-1) if is_array else values.expand(3, -1, -1)
+    return values[None] / scale  # [1, height, width, 3] or [1, 3, height, width]
 
 
 def as_pictures(images: Any, name: str) -> list:
@@ -1410,6 +1416,7 @@ class LearningConfig:
         check_choice("objective", self.objective, "contrast", "consistency", None)
         check_choice("init", self.init, "words", "random", "zeros")
         check_choice("projection", self.projection, "soft", "hard")
+        check_choice("complete_prompts", self.complete_prompts, True, False)
 
     def for_start(self, from_words: bool) -> "LearningConfig":
         """With what was left to where tokens begin."""

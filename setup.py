@@ -25,8 +25,8 @@ setup(
     extras_require={
         # diffusers loads LoRAs with it.
         "lora": ["peft>=0.17"],
-        # pytest runs the tests, with xdist on all cores; some load a LoRA; ruff checks the style. tqdm and numpy come with
-        # the packages above.
-        "test": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.14", "peft>=0.17"],
+        # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA; ruff checks the
+        # style. tqdm and numpy come with the packages above.
+        "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.14", "peft>=0.17"],
     },
 )

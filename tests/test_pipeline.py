@@ -1064,7 +1064,7 @@ def test_a_dark_16_bit_picture_stays_dark(pipe):
 
 
 def test_floating_point_images_beyond_1_are_refused(pipe):
-    with pytest.raises(ValueError, match="`image` has values up to 255.*end at 1"):
+    with pytest.raises(ValueError, match="`image` has values from 255 to 255.*from 0 to 1"):
         apply(pipe, image=Image.fromarray(np.full((32, 32), 255, dtype=np.float32)))
 
 
@@ -1193,17 +1193,17 @@ BAD_APPLYING = {
     "an array of 16 bits": (
         {"image": np.full((SIDE, SIDE, 3), 30000, np.uint16)},
         ValueError,
-        "`image`.*up to 30000.*whole numbers.*end at 255",
+        "`image`.* to 30000.*whole numbers.*from 0 to 255",
     ),
     "a tensor of 16 bits": (
         {"image": torch.full((3, SIDE, SIDE), 256, dtype=torch.uint16)},
         ValueError,
-        "`image`.*up to 256.*whole numbers.*end at 255",
+        "`image`.* to 256.*whole numbers.*from 0 to 255",
     ),
     "an array of 0.0 to 255.0": (
         {"image": np.full((SIDE, SIDE, 3), 255.0)},
         ValueError,
-        "`image`.*up to 255.*end at 1",
+        "`image`.* to 255.*from 0 to 1",
     ),
     "a negative difference that is not finite": (
         {"negative_difference": random_tokens() * float("nan")},

@@ -2,6 +2,7 @@
 """Which words are taken for the change: by what the UNet says of them, and not by what prompts say."""
 
 import dataclasses
+import functools
 import logging
 
 import pytest
@@ -183,9 +184,15 @@ def find(pipe, pair: dict, captions: str, **options):
     return pipe.invert_difference(**pair, **prompts, num_optimization_steps=0, generator=seeded(0), **options)
 
 
+@pytest.fixture(scope="module")
+def found(storybook, grass_to_desert):
+    """As `find`, and each question is asked once."""
+    return functools.cache(functools.partial(find, storybook, grass_to_desert))
+
+
 @pytest.mark.parametrize("captions", CAPTIONS)
-def test_the_change_is_found_and_nothing_else_whatever_the_captions_say(storybook, grass_to_desert, captions):
-    difference = find(storybook, grass_to_desert, captions)
+def test_the_change_is_found_and_nothing_else_whatever_the_captions_say(found, captions):
+    difference = found(captions)
     assert difference.metadata["gained_phrases"] == "desert"
     assert difference.metadata["lost_phrases"] == "grass"
 
@@ -225,10 +232,10 @@ def test_what_the_pair_lost_is_no_news_of_the_query(storybook, grass_to_desert):
     assert added == [{"painting", "red", "grass"}, {"painting", "red"}]
 
 
-def test_tokens_begin_as_the_words_that_were_gained(storybook, grass_to_desert):
+def test_tokens_begin_as_the_words_that_were_gained(storybook, found):
     ids = storybook.tokenizer("desert", add_special_tokens=False).input_ids
     table = storybook.text_encoder.get_input_embeddings().weight.detach()
-    torch.testing.assert_close(rows_of(find(storybook, grass_to_desert, "silent")), table[ids])
+    torch.testing.assert_close(rows_of(found("silent")), table[ids])
 
 
 def test_hard_tokens_are_those_words(storybook, grass_to_desert):
@@ -241,12 +248,9 @@ def test_several_pairs_are_judged_together(storybook, grass_to_desert):
     assert find(storybook, pairs, "loose").metadata["gained_phrases"] == "desert"
 
 
-def test_words_are_learned_from_more_carefully_than_random_rows(storybook, grass_to_desert):
+def test_words_are_learned_from_more_carefully_than_random_rows(found):
     """The default for random rows would take words out of their places, and that for words would leave random rows."""
-    rates = [
-        float(find(storybook, grass_to_desert, "silent", init=i).metadata["learning_rate"])
-        for i in ("words", "random")
-    ]
+    rates = [float(found("silent", **start).metadata["learning_rate"]) for start in ({}, {"init": "random"})]
     assert rates[0] < rates[1]
 
 
