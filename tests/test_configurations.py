@@ -29,6 +29,7 @@ from diffusers import (
 )
 from test_backbones import build as build_backbone
 from test_backbones import stock as stock_of
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig
 
 from pipeline_difference_inversion import DifferenceTokens
 
@@ -126,13 +127,49 @@ SCHEDULER = {
     "timestep_spacing": OBEYED,
     "rescale_betas_zero_snr": OBEYED,
 }
+TEXT_ENCODER = {
+    "vocab_size": OBEYED,
+    "hidden_size": OBEYED,
+    "intermediate_size": INSIDE,
+    "projection_dim": OBEYED,
+    "num_hidden_layers": INSIDE,
+    "num_attention_heads": INSIDE,
+    "max_position_embeddings": REFUSED,
+    "hidden_act": INSIDE,
+    "layer_norm_eps": INSIDE,
+    "attention_dropout": INSIDE,
+    "initializer_range": INSIDE,
+    "initializer_factor": INSIDE,
+    "pad_token_id": INSIDE,  # prompts are padded with the tokenizer's
+    "bos_token_id": INSIDE,
+    "eos_token_id": INSIDE,  # at which SDXL's second encoder is pooled
+    "use_attention_mask": OBEYED,  # of no encoder's own, and stock Stable Diffusion asks for it
+}
+# Of a tokenizer, what stock pipelines rely on.
+TOKENIZER = {
+    "model_max_length": OBEYED,
+    "pad_token": OBEYED,
+    "bos_token": OBEYED,
+    "eos_token": OBEYED,
+    "unk_token": INSIDE,
+    "vocab": INSIDE,
+    "merges": INSIDE,
+}
 
 
 @pytest.mark.parametrize(
-    "family, table", [(UNet2DConditionModel, UNET), (AutoencoderKL, VAE), (DDIMScheduler, SCHEDULER)]
+    "family, table",
+    [
+        (UNet2DConditionModel, UNET),
+        (AutoencoderKL, VAE),
+        (DDIMScheduler, SCHEDULER),
+        (CLIPTextConfig, TEXT_ENCODER),
+        (CLIPTokenizer, TOKENIZER),
+    ],
 )
 def test_the_tables_name_every_field(family, table):
-    fields = set(inspect.signature(family.__init__).parameters) - {"self"}
+    common = inspect.signature(PretrainedConfig.__init__).parameters if family is CLIPTextConfig else {}
+    fields = set(inspect.signature(family.__init__).parameters) - {"self", "kwargs", *common}
     assert fields <= table.keys()
 
 
@@ -190,6 +227,20 @@ def short_window(parts):
     parts["tokenizer"].model_max_length = 12
 
 
+def padded_with(token: str):
+    """Stable Diffusion 2's tokenizer pads with "!", and others with the end token."""
+    return lambda parts: setattr(parts["tokenizer"], "pad_token", token)
+
+
+def rebuild_text_encoder(**fields):
+    def change(parts):
+        torch.manual_seed(5)
+        config = CLIPTextConfig(**parts["text_encoder"].config.to_dict() | fields)
+        parts["text_encoder"] = CLIPTextModel(config).eval()
+
+    return change
+
+
 AS_STOCK = {
     "unet sample_size": change_unet(sample_size=6),
     "unet sample_size of two sides": change_unet(sample_size=[4, 6]),
@@ -205,7 +256,11 @@ AS_STOCK = {
     "vae shift_factor": change_vae(shift_factor=0.5),
     "vae of another class": tiny_vae,
     "text encoder use_attention_mask": use_attention_mask,
+    "text encoder layers": rebuild_text_encoder(num_hidden_layers=1, num_attention_heads=4, intermediate_size=8),
+    "text encoder hidden_act": rebuild_text_encoder(hidden_act="gelu", layer_norm_eps=0.1),
+    "text encoder eos_token_id": rebuild_text_encoder(eos_token_id=2),
     "tokenizer model_max_length": short_window,
+    "tokenizer pad_token": padded_with("!"),
     "scheduler num_train_timesteps": rebuild_scheduler(num_train_timesteps=500),
     "scheduler betas": rebuild_scheduler(beta_start=0.001, beta_end=0.02, beta_schedule="linear"),
     "scheduler trained_betas": rebuild_scheduler(trained_betas=[0.002] * 1000),
@@ -229,7 +284,7 @@ def build_changed(change) -> tuple[dict, dict]:
     both = build_components(), build_components()
     for parts in both:
         change(parts)
-    for name in ("unet", "vae"):
+    for name in ("unet", "vae", "text_encoder"):
         both[1][name].load_state_dict(both[0][name].state_dict())
     return both
 
