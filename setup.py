@@ -22,7 +22,7 @@ setup(
         "accelerate>=1.10.0",
         "safetensors>=0.8.0",
         "huggingface_hub>=1.32.0",
-        "pillow>=10.0.0",
+        "pillow>=10.1.0",
     ],
     extras_require={
         # diffusers loads LoRAs with it.
