@@ -1052,9 +1052,8 @@ def check_number(
 
 def check_choice(name: str, value: Any, *choices: Any) -> None:
     """Raises `ValueError` for what is none of the choices, which it names."""
-    if not any(
-        isinstance(value, type(choice)) and value == choice for choice in choices
-    ):  # arrays are equal to nothing
+    # Not `in`, which asks whether an array equals each choice, and gets an array for an answer.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         *others, last = map(repr, choices)
         raise ValueError(f"`{name}` is {value!r}; it is {', '.join(others)} or {last}.")
 
@@ -1078,8 +1077,8 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
     """Turns a PIL image of any mode upright and RGB, transparency on white; gives float arrays and tensors a batch of 1.
 
     Raises:
-        TypeError: if it is nothing that the image processor takes.
-        ValueError: if an array or a tensor has neither one channel nor three.
+        TypeError: if it is nothing that the image processor takes, or holds no real numbers.
+        ValueError: if an array or a tensor has neither one channel nor three, or values out of their range.
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _flatten_array(image, name)
@@ -1102,7 +1101,10 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
 
 
 def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
-    """Whole numbers are taken for 0 to 255 and others for 0 to 1; arrays have their channels last, tensors first."""
+    """As `flatten_image`, for arrays, whose channels come last, and tensors, where they come first.
+
+    Whole numbers are taken for 0 to 255 and others for 0 to 1.
+    """
     is_array = isinstance(image, np.ndarray)
     if image.ndim == 2:
         image = image[..., None] if is_array else image[None]

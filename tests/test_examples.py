@@ -457,8 +457,7 @@ def test_the_unet_finds_words_for_a_picture_that_clip_does_not_miss(storybook):
 def test_prompts_of_pez_take_what_was_gained_and_what_was_lost_from_the_pictures(storybook, kind, value, lost):
     before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
     pair = {"before": render(before), "after": render(dataclasses.replace(before, **{kind: value}))}
-    options = {"num_steps": 20, "num_revisions": 0, "generator": torch.Generator().manual_seed(0)}
-    said = storybook.hard_prompts([*pair.values()], **options)
+    said = storybook.hard_prompts([*pair.values()], num_steps=20, generator=torch.Generator().manual_seed(0))
     pair |= dict(zip(("before_prompt", "after_prompt"), said, strict=True))
     options = {"num_optimization_steps": 1, "generator": torch.Generator().manual_seed(0)}
     difference = storybook.invert_difference(**pair, **options)
@@ -596,9 +595,9 @@ def test_a_change_is_learned_from_random_rows_under_loose_captions(storybook):
 
 
 @pytest.mark.parametrize(
-    "model, kinds", [("storybook", ("subject", "ground", "extra")), ("storybook_xl", ("color", "sky", "style"))]
+    "model, kinds, least", [("storybook", tuple(ATTRIBUTES), 4), ("storybook_xl", ("color", "sky", "style"), 2)]
 )
-def test_learned_differences_change_other_pictures(model, kinds, request):
+def test_learned_differences_change_other_pictures(model, kinds, least, request):
     """Answers are nearer to the right picture than to the query; all were when it was written."""
     pipe, rng, nearer = request.getfixturevalue(model), random.Random("transfer"), []
     for kind in kinds:
@@ -607,7 +606,7 @@ def test_learned_differences_change_other_pictures(model, kinds, request):
         unchanged = dataclasses.replace(analogy, target=analogy.query)
         answer = answer_to(pipe, analogy, **pair)
         nearer.append(judge(answer, analogy).psnr > judge(answer, unchanged).psnr)
-    assert sum(nearer) >= 2, nearer
+    assert sum(nearer) >= least, nearer
 
 
 def stock_storybook(pipe, difference: Path) -> DiffusionPipeline:
