@@ -1156,7 +1156,7 @@ def flatten_mask(mask: Any) -> Any:
         mask = np.asarray(mask)
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
         return flatten_image(mask, "mask_image", background="black")
-    mask = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
+    mask = torch.as_tensor(mask.copy() if isinstance(mask, np.ndarray) else mask)  # PIL's are not writable
     whole = not mask.is_floating_point() and bool((mask > 1).any())  # 0 to 255
     mask = mask.float() / (255 if whole else 1)
     if mask.ndim == 3:
@@ -1712,6 +1712,7 @@ class DifferenceInversionPipeline(
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
+        *,
         clip: Optional[CLIPModel],
         clip_processor,
         captioner,
@@ -1854,16 +1855,17 @@ class DifferenceInversionPipeline(
             raise ValueError(
                 f"`pipeline` is a {type(pipeline).__name__} and has no {missing}; give them too, by name."
             )
-        for name in ("force_zeros_for_empty_prompt", "_force_zeros_for_empty_prompt"):
-            if name in pipeline.config:
-                parts.setdefault("force_zeros_for_empty_prompt", pipeline.config[name])
+        settings = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
+        if "force_zeros_for_empty_prompt" in settings:
+            parts.setdefault("force_zeros_for_empty_prompt", settings["force_zeros_for_empty_prompt"])
         built = cls(**dict.fromkeys(cls._optional_components) | parts)
-        built.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        # Others' settings are kept under names that begin with "_", for the way back, as by diffusers' own.
+        built.register_to_config(**{f"_{name}": value for name, value in settings.items() if name not in built.config})
         if dtype is not None:
             built.to(dtype=dtype)
         if getattr(pipeline, "_all_hooks", []):
             built.enable_model_cpu_offload(device=pipeline._offload_device)
-        elif not pipeline.hf_device_map:
+        elif not isinstance(pipeline.hf_device_map, dict):  # but None, or the name of one device
             for part in options.values():  # which may still be where they were loaded
                 if isinstance(part, torch.nn.Module) and getattr(part, "hf_device_map", None) is None:
                     part.to(pipeline._execution_device)
@@ -3549,12 +3551,14 @@ class DifferenceInversionPipeline(
         smooth = F.avg_pool2d(F.pad(total, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         return smooth / smooth.amax(dim=(2, 3), keepdim=True).clamp(min=1e-8)
 
-    def _pictures(self, latents, mask: Optional[torch.Tensor], own: Optional[torch.Tensor], output_type: str) -> Any:
+    def _pictures(
+        self, latents, mask: Optional[torch.Tensor], own: Optional[torch.Tensor], output_type: str, generator
+    ) -> Any:
         """The answers as pictures, which where the mask is black are the queries' own pixels."""
         with self._precise_vae():
             latents = latents.to(self.vae.dtype)
             mean, scale = self._latents_statistics(latents)
-            pixels = self.vae.decode(latents / scale + mean).sample
+            pixels = self.vae.decode(latents / scale + mean, generator=generator).sample  # some decoders draw noise
         if mask is not None:
             own = own.repeat_interleave(len(pixels) // len(own), dim=0).to(pixels)
             pixels = torch.where(mask > 0, pixels, own)
@@ -3749,7 +3753,7 @@ class DifferenceInversionPipeline(
 
         # 8. Pixels
         own = None if mask is None or output_type == "latent" else self._pixels(images, size)
-        answers = latents if output_type == "latent" else self._pictures(latents, mask, own, output_type)
+        answers = latents if output_type == "latent" else self._pictures(latents, mask, own, output_type, generator)
         self.maybe_free_model_hooks()
         self.interrupted_difference = None
         if not return_dict:

@@ -26,6 +26,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from test_backbones import build as build_backbone
 from test_backbones import stock as stock_of
@@ -289,6 +290,7 @@ def build_changed(change) -> tuple[dict, dict]:
     return both
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file:FutureWarning")  # which stock puts right, and says so
 @pytest.mark.parametrize("change", AS_STOCK.values(), ids=AS_STOCK)
 def test_text_to_image_is_as_stock_draws_it(change, tmp_path):
     theirs, ours = build_changed(change)
@@ -376,6 +378,18 @@ def narrow_unet(pipe):
     pipe.unet = build_unet(width=8)
 
 
+def another_unet(pipe):
+    pipe.unet = UNet2DModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+    )
+
+
 def flow_scheduler(pipe):
     pipe.scheduler.register_to_config(prediction_type="flow_prediction")
 
@@ -393,6 +407,7 @@ REFUSED_BY_NAME = {
     "num_class_embeds": (register("unet", num_class_embeds=1000), "num_class_embeds 1000.*upscalers"),
     "addition_embed_type": (register("unet", addition_embed_type="image"), "addition_embed_type 'image'"),
     "time_cond_proj_dim": (register("unet", time_cond_proj_dim=256), "time_cond_proj_dim 256.*distilled"),
+    "a UNet of another class": (another_unet, "`unet` is a UNet2DModel, and a UNet2DConditionModel is what to load"),
     "prediction_type": (flow_scheduler, "`scheduler` is DDIMScheduler with prediction_type 'flow_prediction'"),
     "model_max_length": (
         set_attribute("tokenizer", "model_max_length", 10**30),

@@ -1532,7 +1532,9 @@ def test_from_pipe_of_an_offloaded_pipeline_is_offloaded_too(pair):
     pipe.set_progress_bar_config(disable=True)
     with watched(pipe) as history:
         assert rows_of(pipe.invert_difference(**pair, num_optimization_steps=2, generator=seeded())).any()
+        answer = apply(pipe)
     assert max(map(len, history)) == 1
+    torch.testing.assert_close(answer, apply(build_pipeline()))
     assert stock("a", num_inference_steps=1).images
 
 
@@ -1637,16 +1639,17 @@ def forgetful_groups(monkeypatch):
     return readable
 
 
+# How models are offloaded, and which of them stay on the device.
 GROUPS = {
-    "layers": {"offload_type": "leaf_level"},
-    "blocks": {"offload_type": "block_level", "num_blocks_per_group": 1},
-    "blocks of some": {"num_blocks_per_group": 2, "exclude_modules": "vae"},
+    "layers": ({"offload_type": "leaf_level"}, set()),
+    "blocks": ({"offload_type": "block_level", "num_blocks_per_group": 1}, {"clip", "captioner"}),
+    "blocks of some": ({"num_blocks_per_group": 2, "exclude_modules": "vae"}, {"clip", "captioner", "vae"}),
 }
 
 
 @pytest.mark.parametrize("method", PROMPTS)
-@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-def test_models_that_are_offloaded_by_groups_learn_and_draw_the_same(forgetful_groups, pair, method, groups):
+@pytest.mark.parametrize("groups, staying", GROUPS.values(), ids=GROUPS)
+def test_models_that_are_offloaded_by_groups_learn_and_draw_the_same(forgetful_groups, pair, method, groups, staying):
     captioner, processor = build_captioner()
     options = {"num_optimization_steps": 2, "lambda_before": 1.0, "num_inference_steps": 2, "output_type": "latent"}
     plain, offloaded = (build_pipeline(captioner=captioner, captioner_processor=processor) for _ in range(2))
@@ -1656,15 +1659,19 @@ def test_models_that_are_offloaded_by_groups_learn_and_draw_the_same(forgetful_g
     forgetful_groups.add(offloaded.clip.text_model.embeddings.token_embedding.weight)
     offloaded.enable_group_offload("cpu", torch.device("cpu"), **groups)
     out = analogy(offloaded, **ask(offloaded, pair, picture("blue")), **options, generator=seeded())
-    assert offloaded.unet.conv_in.weight.isnan().all()
+    left = {
+        name
+        for name, model in offloaded.components.items()
+        if isinstance(model, torch.nn.Module)
+        and all(weight.isnan().all() for weight in model.parameters() if weight not in forgetful_groups)
+    }
+    assert left == {"vae", "text_encoder", "unet", "clip", "captioner"} - staying
     assert out.difference.metadata["before_prompt"] == expected.difference.metadata["before_prompt"]
     torch.testing.assert_close(rows_of(out.difference), rows_of(expected.difference))
     torch.testing.assert_close(out.images, expected.images)
 
 
 SAVERS = {
-    "tiled VAE": lambda pipe: pipe.vae.enable_tiling(),
-    "sliced VAE": lambda pipe: pipe.vae.enable_slicing(),
     "sliced attention": lambda pipe: pipe.enable_attention_slicing(),
     "gradient checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
 }
@@ -1678,6 +1685,29 @@ def test_what_saves_memory_changes_neither_what_is_learned_nor_what_is_drawn(pip
     saved = analogy(pipe, **options, output_type="latent", generator=seeded())
     torch.testing.assert_close(rows_of(saved.difference), rows_of(expected.difference), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(saved.images, expected.images, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sliced_vae_takes_queries_one_by_one_and_gives_the_same_pictures(pipe):
+    queries = {"image": [picture("blue"), picture("red"), picture("white", "black")], "prompt": "a cabin"}
+    expected = apply(pipe, **queries, output_type="pt")
+    pipe.vae.enable_slicing()
+    with forward_calls(pipe.vae.encoder, pipe.vae.decoder) as calls:
+        found = apply(pipe, **queries, output_type="pt")
+    assert [len(arguments[0]) for _, arguments, *_ in calls] == [1] * 6
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tiled_vae_takes_a_large_query_in_tiles_and_gives_it_back_as_the_vae_alone_does(pipe):
+    """A random VAE draws tiles as other pictures, 0.12 away in the mean."""
+    query = {"image": picture("blue", size=(2 * SIDE, 2 * SIDE)), "difference_scale": 0, "output_type": "pt"}
+    whole = apply(pipe, **query)
+    pipe.vae.enable_tiling()
+    with forward_calls(pipe.vae.encoder, pipe.vae.decoder) as calls:
+        found = apply(pipe, **query)
+    assert all([module for module, *_ in calls].count(part) > 1 for part in (pipe.vae.encoder, pipe.vae.decoder))
+    expected = pipe.vae.decode(latents_of(pipe, query["image"]) / pipe.vae.config.scaling_factor).sample
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=1e-3)
+    assert (found - whole).abs().mean() > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -2,6 +2,7 @@
 """Differences and pipelines as people share them: folders, repositories of the Hub, other programs' files."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import PIPELINE_FILE, ROOT, WIDTH, build_pipeline, picture, random_tokens, rows_of, seeded
 from hub import Hub, running_hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,8 +21,15 @@ from pipeline_difference_inversion import DifferenceTokens
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub(monkeypatch) -> Iterator[Hub]:
+    """What huggingface_hub talks to in this process. Its address and whether to ask it are read when it is imported."""
     with running_hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
         yield hub
 
 
@@ -38,6 +46,21 @@ def run_alone(code: str, folder: Path, **environment: str) -> str:
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+EACH_ALONE = """
+import multiprocessing, diffusers, torch, transformers
+for code in {codes}:
+    process = multiprocessing.get_context("fork").Process(target=exec, args=(code, {{}}))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+"""
+
+
+def run_each_alone(codes: list[str], folder: Path, **environment: str) -> list[str]:
+    """As `run_alone`, the last line of each; processes that know libraries, but none of the pipeline's modules."""
+    return run_alone(EACH_ALONE.format(codes=codes), folder, **environment).splitlines()[-len(codes) :]
 
 
 # ---------------------------------------------------------------------------------------------- folders and the Hub
@@ -93,10 +116,10 @@ def test_a_file_is_published_as_a_difference_and_nothing_else_is(tmp_path, capsy
 def test_a_difference_is_published_with_its_card_once_its_pictures_are_opened(hub, tmp_path):
     file = random_tokens().save(tmp_path / "d")
     picture("red").save(tmp_path / "a.png")
-    with pytest.raises(subprocess.CalledProcessError) as failed:
-        publish_alone(hub, "difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'none.png'}")
-    assert b"none.png" in failed.value.stderr and "someone/thing" not in hub.repositories
-    publish_alone(hub, "difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'a.png'}")
+    with pytest.raises(ValueError, match="none.png"):
+        publish.main(["difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'none.png'}"])
+    assert "someone/thing" not in hub.repositories
+    publish.main(["difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'a.png'}"])
     assert set(hub.repositories["someone/thing"]["main"]) == {"README.md", "after.png", "difference.safetensors"}
 
 
@@ -120,38 +143,33 @@ def test_the_only_file_of_a_folder_is_its_difference_and_of_several_one_is_named
 
 
 def test_a_pushed_difference_is_found_by_repository_revision_and_name(hub, tmp_path):
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-from pipeline_difference_inversion import DifferenceTokens
-difference = DifferenceTokens({{"<difference>": torch.ones(2, 4)}}, {{"format": "difference-tokens", "format_version": "1"}})
-print(difference.push_to_hub("someone/castle"))
-def load(*where, **options):
-    try:
-        print(*DifferenceTokens.from_pretrained(*where, **options).embeddings["<difference>"].sum(1).tolist())
-    except OSError as error:
-        print(type(error).__name__, error)
-load("someone/castle")
-load("someone/castle", revision="v2", weight_name="other.safetensors")
-load("someone/castle", weight_name="other.safetensors")
-load("someone/castle", revision="v9")
-load("someone/nothing")
-"""
-    DifferenceTokens({"<difference>": torch.full((1, 4), 3.0)}).save(tmp_path / "v2" / "other.safetensors")
-    hub.put("someone/castle", tmp_path / "v2", revision="v2")
-    hub.repositories["someone/castle"]["main"] = {}
-    url, *said = run_alone(code, tmp_path, **online(hub)).splitlines()
+    difference = DifferenceTokens({"<difference>": torch.ones(2, 4)})
+    url = difference.push_to_hub("someone/castle")
     assert url.startswith(f"{hub.url}/someone/castle/commit/")
     assert set(hub.repositories["someone/castle"]["main"]) == {"difference.safetensors"}
-    where = "FileNotFoundError `path_or_repo_id`: 'someone/"
-    assert said == [
-        "4.0 4.0",
-        "12.0",
-        f"{where}castle' has no file 'other.safetensors'; give another `weight_name`.",
-        f"{where}castle' has no revision 'v9'.",
-        f"{where}nothing' is neither a file, nor a folder, nor a repository of the Hub that you may read.",
-    ]
+    DifferenceTokens({"<difference>": torch.full((1, 4), 3.0)}).save(tmp_path / "v2" / "other.safetensors")
+    hub.put("someone/castle", tmp_path / "v2", revision="v2")
+
+    def load(*where, **options) -> DifferenceTokens:
+        return DifferenceTokens.from_pretrained(*where, **options, cache_dir=tmp_path / "cache")
+
+    assert torch.equal(rows_of(load("someone/castle")), torch.ones(2, 4))
+    other = load("someone/castle", revision="v2", weight_name="other.safetensors")
+    assert torch.equal(rows_of(other), torch.full((1, 4), 3.0))
+    where = "`path_or_repo_id`: 'someone/"
+    for asked, complaint in (
+        (
+            {"weight_name": "other.safetensors"},
+            f"{where}castle' has no file 'other.safetensors'; give another `weight_name`.",
+        ),
+        ({"revision": "v9"}, f"{where}castle' has no revision 'v9'."),
+    ):
+        with pytest.raises(FileNotFoundError, match=re.escape(complaint)):
+            load("someone/castle", **asked)
+    with pytest.raises(
+        FileNotFoundError, match=f"{where}nothing' is neither a file, nor a folder, nor a repository of the"
+    ):
+        load("someone/nothing")
 
 
 @pytest.mark.parametrize(
@@ -285,15 +303,14 @@ def shelf(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_every_way_of_loading_draws_the_same_in_a_fresh_process(shelf, way):
-    code = way.format(file=str(PIPELINE_FILE), root=str(ROOT)) + DRAW
-    drawn = float(run_alone(code, shelf).split()[-1])
+def test_every_way_of_loading_draws_the_same_in_a_fresh_process(shelf):
+    codes = [way.format(file=str(PIPELINE_FILE), root=str(ROOT)) + DRAW for way in WAYS.values()]
+    drawn = dict(zip(WAYS, map(float, run_each_alone(codes, shelf)), strict=True))
     pipe = build_pipeline(clip=None, clip_processor=None)  # as on the shelf: a CLIP would complete the prompt
     rows = torch.nn.functional.one_hot(torch.arange(2), WIDTH).float()
     options = {"prompt": "a cabin", "difference": DifferenceTokens({"<difference>": rows}), "num_inference_steps": 2}
     expected = pipe(image=Image.new("RGB", (32, 32), "blue"), **options, output_type="latent", generator=seeded())
-    assert drawn == pytest.approx(float(expected.images.sum()), abs=0.3)
+    assert drawn == pytest.approx(dict.fromkeys(WAYS, float(expected.images.sum())), abs=0.3)
 
 
 # ------------------------------------------------------------------------------------------------------- publishing
@@ -301,12 +318,6 @@ def test_every_way_of_loading_draws_the_same_in_a_fresh_process(shelf, way):
 
 def online(hub: Hub) -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
-
-
-def publish_alone(hub: Hub, *arguments: str) -> None:
-    """In a process of its own: huggingface_hub asks for the Hub's address once."""
-    command = [sys.executable, publish.__file__, *arguments]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **online(hub)})
 
 
 LOAD = """
@@ -339,20 +350,22 @@ def put_pinned(hub: Hub, repo_id: str) -> None:
 
 
 def test_storybook_is_published_and_loads_from_the_hub_at_any_revision(hub, tmp_path):
-    publish_alone(hub, "storybook", "someone/storybook")
+    publish.main(["storybook", "someone/storybook"])
     put_pinned(hub, "someone/storybook")
-    for pin, is_pinned in (("", "False"), (", revision='v1'", "True")):
-        said = run_alone(LOAD.format(f"'someone/storybook'{pin}"), tmp_path, **online(hub))
-        assert said.split()[-4:] == ["DifferenceInversionPipeline", "True", "True", is_pinned]
+    codes = [LOAD.format(f"'someone/storybook'{pin}") for pin in ("", ", revision='v1'")]
+    newest, pinned = run_each_alone(codes, tmp_path, **online(hub))
+    assert newest.split() == ["DifferenceInversionPipeline", "True", "True", "False"]
+    assert pinned.split() == ["DifferenceInversionPipeline", "True", "True", "True"]
 
 
 def test_the_pipeline_is_published_and_loads_from_the_hub_at_any_revision(hub, shelf, tmp_path):
-    publish_alone(hub, "pipeline", "someone/code")
+    publish.main(["pipeline", "someone/code"])
     put_pinned(hub, "someone/code")
-    for pin, is_pinned in (("", "False"), (", custom_revision='v1'", "True")):
-        code = LOAD.format(f"{str(shelf / 'model')!r}, custom_pipeline='someone/code'{pin}")
-        said = run_alone(code, tmp_path, **online(hub))
-        assert said.split()[-4:] == ["DifferenceInversionPipeline", "False", "False", is_pinned]
+    beside = f"{str(shelf / 'model')!r}, custom_pipeline='someone/code'"
+    codes = [LOAD.format(f"{beside}{pin}") for pin in ("", ", custom_revision='v1'")]
+    newest, pinned = run_each_alone(codes, tmp_path, **online(hub))
+    assert newest.split() == ["DifferenceInversionPipeline", "False", "False", "False"]
+    assert pinned.split() == ["DifferenceInversionPipeline", "False", "False", "True"]
 
 
 def test_who_allows_no_remote_code_is_obeyed(shelf):

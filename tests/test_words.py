@@ -172,7 +172,8 @@ def grass_to_desert() -> dict:
 CAPTIONS = {
     "whole": ("a red cabin on grass by day, painting", "a red cabin on desert by day, painting"),
     "loose": ("painting of a cabin by day", "something red on desert"),
-    "wrong": ("a red cabin on grass by day, pixel art", "a red cabin on desert by day, painting"),
+    "wrong of before": ("a red cabin on grass by day, pixel art", "a red cabin on desert by day, painting"),
+    "wrong of after": ("a red cabin on grass by day, painting", "a blue cabin on desert by day, painting"),
     "with fillers": ("a photo of a red cabin on grass", "there is a red cabin on desert for sale"),
     "silent": ("", ""),
 }
@@ -206,6 +207,7 @@ LAYOUT = {"x": 0.4, "size": 0.45, "horizon": 0.6}
         (("cabin", "red", "water", "day", "nothing", "pixel art"), {"extra": "moon"}, "", "moon"),
         (("windmill", "purple", "snow", "night", "moon", "pixel art"), {"subject": "cabin"}, "windmill", "cabin"),
         (("castle", "red", "grass", "night", "moon", "pencil sketch"), {"subject": "boat"}, "castle", "boat"),
+        (("castle", "red", "grass", "day", "nothing", "painting"), {"sky": "night"}, "day", "night"),
     ],
 )
 def test_without_captions_the_change_is_found_beside_what_clip_sees_in_both_pictures(

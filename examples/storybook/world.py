@@ -208,11 +208,12 @@ class _Canvas:
 def _gradient(sky: str, horizon: float, side: int) -> Image.Image:
     """A sky's colours, from the top down to the horizon."""
     top, middle, bottom = _SKIES[sky]
-    column = Image.new("RGB", (1, side))
+    column, colors = Image.new("RGB", (1, side)), []
     for row in range(side):
         height = min(1.0, row / side / horizon)
         start, end, t = (top, middle, height * 2) if height < 0.5 else (middle, bottom, height * 2 - 1)
-        column.putpixel((0, row), tuple(round(a + (b - a) * t) for a, b in zip(start, end, strict=True)))
+        colors.append(tuple(round(a + (b - a) * t) for a, b in zip(start, end, strict=True)))
+    column.putdata(colors)
     return column.resize((side, side), Image.Resampling.NEAREST)
 
 
