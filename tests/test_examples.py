@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import benchmark
 import benchmark_speed
 import evaluate
+import invert_many
 import pytest
 import torch
 from analogies import BLENDS, Analogy, judge, random_analogy, random_wordless_analogy
@@ -48,9 +49,10 @@ from training import draw
 from transformers import BitImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 
-from pipeline_difference_inversion import DifferenceInversionPipeline
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
 
+ON_CPUS = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).resolve().parents[1]
 STORYBOOK = ROOT / "examples" / "storybook" / "model"
 
@@ -151,8 +153,7 @@ def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path, capsys):
     given = ["--per-kind", "1", "--config", *quick, "--config", *quick, "guidance_scale=1.5", "--sdedit", "0.1"]
     given += ["--output", str(tmp_path / "verdicts.jsonl")]
     given += ["--sheet", str(tmp_path / "sheet.png"), "--failures", str(tmp_path / "failures.png")]
-    on_cpus = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*launch, benchmark.__file__, *given], capture_output=True, text=True, env=on_cpus)
+    run = subprocess.run([*launch, benchmark.__file__, *given], capture_output=True, text=True, env=ON_CPUS)
     assert run.returncode == 0, run.stderr
     text = (tmp_path / "verdicts.jsonl").read_text()
     lines = sorted((json.loads(line) for line in text.splitlines()), key=lambda line: line["index"])
@@ -409,6 +410,73 @@ def test_evaluate_answers_a_triplet_that_has_no_answer(tmp_path):
     assert load_image(str(tmp_path / "out" / "00000.png")).size == (128, 128)
     (scores,) = (json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines())
     assert scores["the model's CLIP"] > 0  # towards what changed, and not away from it
+
+
+def test_many_differences_are_learned_once_and_bad_pairs_are_told_at_the_end(tmp_path, capsys):
+    build_pipeline().save_pretrained(tmp_path / "model")
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    pair = {"before": "red.png", "after": "blue.png", "before_prompt": "a red cabin", "after_prompt": "a blue cabin"}
+    jobs = [
+        pair | {"name": "to blue"},
+        pair | {"after": "none.png"},
+        {"before": "red.png"},
+        pair,
+        pair | {"name": "../up"},
+    ]
+    lines = [*map(json.dumps, jobs), "no JSON", json.dumps(pair | {"name": "to blue"})]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    given = [
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        str(tmp_path / "model"),
+    ]
+    given += ["--config", "num_optimization_steps=1"]
+    assert invert_many.main(given) == 1
+    told = capsys.readouterr()
+    complaints = ("none.png", "missing ['after']", "without a folder", "is no JSON", "taken by an earlier line")
+    for number, complaint in zip((2, 3, 5, 6, 7), complaints, strict=True):
+        assert any(f"line {number}:" in line and complaint in line for line in told.err.splitlines()), told.err
+    assert "2 learned, 0 were there before, 5 failed" in told.out
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == ["00004.safetensors", "to blue.safetensors"]
+    assert DifferenceTokens.load(files[1]).metadata["after_prompt"] == "a blue cabin"
+    written = [file.stat().st_mtime_ns for file in files]
+    files[0].unlink()
+    assert invert_many.main(given) == 1 and "1 learned, 1 were there before" in capsys.readouterr().out
+    assert files[0].exists() and files[1].stat().st_mtime_ns == written[1]
+
+
+def test_many_differences_by_two_processes_are_those_of_one(tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "model")
+    for color in ("red", "blue", "white"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    pairs = [
+        {"before": "red.png", "after": f"{color}.png", "before_prompt": "a", "after_prompt": "b"}
+        for color in ("blue", "white")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    given = ["--pairs", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "model")]
+    given += ["--config", "num_optimization_steps=1", "--output"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        invert_many.__file__,
+    ]
+    run = subprocess.run([*launch, *given, str(tmp_path / "two")], capture_output=True, text=True, env=ON_CPUS)
+    assert run.returncode == 0, run.stderr
+    assert "2 learned, 0 were there before, 0 failed" in run.stdout
+    assert invert_many.main([*given, str(tmp_path / "one")]) == 0
+    for name in ("00001", "00002"):
+        one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
+        assert all(torch.equal(one[row], two[row]) for row in one) and one.keys() == two.keys()
 
 
 def test_the_speed_benchmark_counts_every_latent_of_an_analogy_once(tmp_path, capsys):

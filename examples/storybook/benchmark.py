@@ -54,7 +54,6 @@ and those below for reporting them.
 """
 
 import argparse
-import ast
 import dataclasses
 import functools
 import inspect
@@ -85,6 +84,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
+from quickstart import parse_setting  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline, LearningConfig  # noqa: E402
 
@@ -520,13 +520,10 @@ def save_sheets(answers: list[Answer], options: argparse.Namespace) -> None:
 
 
 def parse_argument(text: str) -> tuple[str, object]:
-    name, _, value = text.partition("=")
+    name, value = parse_setting(text)
     if name not in (*LEARNING, *inspect.signature(DifferenceInversionPipeline.__call__).parameters):
         raise argparse.ArgumentTypeError(f"the pipeline has no argument {name!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value
+    return name, value
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

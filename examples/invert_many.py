@@ -1,0 +1,147 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""Learns many differences, on as many devices as there are.
+
+    python examples/invert_many.py --pairs pairs.jsonl --output differences
+    accelerate launch examples/invert_many.py --pairs pairs.jsonl --output differences
+
+Each line of the file is an object with the paths `before` and `after`, relative to the file or whole. It may have the
+prompts `before_prompt` and `after_prompt`, which the captioner otherwise writes, and a `name`: the difference is saved as
+`NAME.safetensors`, by default under the line's number.
+
+`accelerate launch` shares the pairs out between the processes that it starts, one for each GPU; with `--num_processes 8`, or
+`--num_machines 2` and what else its help says, between as many. On CPUs it takes `--multi_gpu --num_processes N` all the
+same, with OMP_NUM_THREADS=1.
+
+What the folder already has is not learned again, so that after an interruption the same command goes on. Files are written
+whole or not at all. A pair that cannot be learned from does not stop the others: all such pairs are listed at the end with
+their reasons, and the exit status is then 1.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from quickstart import STORYBOOK, load_pipeline, open_image, parse_setting
+from tqdm import tqdm
+
+from pipeline_difference_inversion import LearningConfig
+
+
+PICTURES, PROMPTS = ("before", "after"), ("before_prompt", "after_prompt")
+
+
+@dataclass
+class Job:
+    """A line of the file: what to learn from and where to save it, or what is wrong with it."""
+
+    number: int
+    name: str
+    said: dict = field(default_factory=dict)
+    fault: str | None = None
+
+
+def read_jobs(path: Path) -> list[Job]:
+    if not path.is_file():
+        raise SystemExit(f"there is no file {path}; --pairs is a file of JSON lines")
+    lines = enumerate(path.read_text().splitlines(), 1)
+    jobs = [read_job(number, line, path.parent) for number, line in lines if line.strip()]
+    if not jobs:
+        raise SystemExit(f"{path} has no pairs")
+    names = [job.name for job in jobs]
+    for index, job in enumerate(jobs):
+        if job.name in names[:index]:
+            job.fault = f"the name {job.name!r} is taken by an earlier line"
+    return jobs
+
+
+def read_job(number: int, line: str, folder: Path) -> Job:
+    job = Job(number, f"{number:05d}")
+    try:
+        said = json.loads(line)
+    except json.JSONDecodeError as error:
+        job.fault = f"is no JSON: {error}"
+        return job
+    if not isinstance(said, dict):
+        job.fault = "is no JSON object"
+        return job
+    job.name = str(said.pop("name", job.name))
+    missing = [name for name in PICTURES if name not in said]
+    unknown = sorted(set(said) - {*PICTURES, *PROMPTS})
+    if missing or unknown:
+        job.fault = f"missing {missing}, unknown {unknown}"
+    elif Path(job.name).name != job.name:
+        job.fault = f"`name` is {job.name!r}; it becomes a file's name, without a folder"
+    else:
+        job.said = said | {name: str(folder / said[name]) for name in PICTURES}
+    return job
+
+
+def learn(pipe, job: Job, options: argparse.Namespace) -> str | None:
+    """Saves the job's difference, or returns why it can't be learned."""
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    generator = torch.Generator().manual_seed(options.seed)
+    try:
+        pictures = {name: open_image(job.said[name], size) for name in PICTURES}
+        difference = pipe.invert_difference(**job.said | pictures, generator=generator, **dict(options.config))
+        difference.save(target(job, options))
+    except (OSError, TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def target(job: Job, options: argparse.Namespace) -> Path:
+    return options.output / f"{job.name}.safetensors"
+
+
+def learning_setting(text: str) -> tuple[str, object]:
+    name, value = parse_setting(text)
+    if name not in LearningConfig.__dataclass_fields__:
+        raise argparse.ArgumentTypeError(f"there is no setting {name!r} of learning")
+    return name, value
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, required=True, help="a file of JSON lines")
+    parser.add_argument("--output", type=Path, default=Path("differences"), help="folder for the difference files")
+    parser.add_argument("--model", default=str(STORYBOOK), help="a Stable Diffusion 1.x or 2.x folder or Hub name")
+    parser.add_argument("--seed", type=int, default=0, help="the same for every pair, wherever it is learned")
+    parser.add_argument(
+        "--config",
+        nargs="*",
+        type=learning_setting,
+        default=[],
+        metavar="NAME=VALUE",
+        help="how differences are learned",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_options(arguments)
+    jobs = read_jobs(options.pairs)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    options.output.mkdir(parents=True, exist_ok=True)
+    faults = [(job.number, job.fault) for job in jobs if job.fault]
+    left = [job for job in jobs if not job.fault and not target(job, options).exists()]
+    state.wait_for_everyone()  # all have looked before anyone writes
+    pipe = load_pipeline(options.model, state.device) if left else None
+    with state.split_between_processes(left) as mine:
+        shown = tqdm(mine, disable=not state.is_main_process)
+        failed = gather_object([(job.number, fault) for job in shown if (fault := learn(pipe, job, options))])
+    if state.is_main_process:
+        for number, fault in sorted(faults + failed):
+            print(f"{options.pairs}, line {number}: {fault}", file=sys.stderr)
+        there = len(jobs) - len(faults) - len(left)
+        print(f"{len(left) - len(failed)} learned, {there} were there before, {len(faults + failed)} failed")
+    state.destroy_process_group()
+    return int(bool(faults or failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
