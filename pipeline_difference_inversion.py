@@ -13,10 +13,10 @@
 # limitations under the License.
 """Image analogies with an ordinary Stable Diffusion model: A : A' :: B : B'.
 
-From an image *before* and an image *after* a change, the pipeline learns difference tokens: a few rows in the text
-encoder's embedding space that mean what changed and nothing else. Appended to the prompt of any query image they make
-the model draw that image with the same change. Nothing is fine-tuned. The method is Difference Inversion ("Interpolate
-and Isolate the Difference with Token Consistency for Image Analogy Generation"); equation numbers are the paper's.
+From one image before a change (A) and one after it (A'), the pipeline learns difference tokens: a few rows in the text
+encoder's embedding space that encode the change and nothing else. Appended to the prompt of a query image B, they make
+the model draw B with the same change. Nothing is fine-tuned. The method is Difference Inversion ("Interpolate and
+Isolate the Difference with Token Consistency for Image Analogy Generation"); equation numbers are the paper's.
 
     pipe = DiffusionPipeline.from_pretrained(
         "examples/storybook/model", custom_pipeline="pipeline_difference_inversion.py", trust_remote_code=True
@@ -87,64 +87,66 @@ logger = logging.get_logger(__name__)
 FILE_FORMAT = "difference-tokens"
 FILE_FORMAT_VERSION = 1
 DEFAULT_TOKEN = "<difference>"
-TWO_ENCODER_TOKENS = ("clip_l", "clip_g")  # as SDXL's embeddings are named in other programs' files
-NUM_PROBE_SAMPLES = 8  # (noise, time step) pairs that tokens are judged on
-NUM_EVIDENCE_SAMPLES = 5  # (noise, time step) pairs that a word is judged on
-NUM_VERIFICATION_SAMPLES = 12  # other pairs, that the words found must hold on too
-EVIDENCE_TIMESTEPS = (0.35, 0.95)  # share of the schedule in which words make the most difference
-NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for what was gained, and as many for what was lost
-NUM_LIKELY = 4  # of these, that are looked at again at the end
-NUM_CAPTION_WORDS = 4  # words of each caption that may be tried
-NUM_SHARED_CANDIDATES = 64  # vocabulary words nearest to both pictures, of which CLIP describes what they share
+TWO_ENCODER_TOKENS = ("clip_l", "clip_g")  # the names that other programs use in files of SDXL embeddings
+NUM_PROBE_SAMPLES = 8  # (noise, time step) pairs on which tokens are evaluated
+NUM_EVIDENCE_SAMPLES = 5  # (noise, time step) pairs on which a word is evaluated
+NUM_VERIFICATION_SAMPLES = 12  # fresh pairs on which the words found are verified
+EVIDENCE_TIMESTEPS = (0.35, 0.95)  # part of the schedule where words matter most, as fractions
+NUM_CLIP_WORDS = 5  # vocabulary words that CLIP proposes for each side (lost, gained)
+NUM_LIKELY = 4  # how many of these are reconsidered at the end
+NUM_CAPTION_WORDS = 4  # candidate words from each caption
+NUM_SHARED_CANDIDATES = 64  # vocabulary words nearest to both pictures, from which CLIP describes what they share
 MOST_SHARED_WORDS = 7  # in that description
-# Cosine by which each of them must bring the description nearer to both pictures, and to neither by less than this share of
-# what it does for the other: one that helps the one much more is part of the change.
+# Each of these words must raise the description's cosine with both pictures by at least LEAST_LIKENESS_GAIN. The
+# smaller gain must be at least LEAST_BALANCE of the larger: a word that helps one much more is part of the change.
 LEAST_LIKENESS_GAIN, LEAST_BALANCE = 0.01, 0.5
 NUM_COMPLETION_WORDS = 6  # vocabulary words that CLIP proposes for a query
-NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs that they are judged on
-NUM_SEARCH_ROUNDS = 4  # at most; each accepts at most one word that was gained, one lost and one shared
-NUM_PROMISING = 3  # words that come nearest to being gained, as many to lost and shared, are tried in the next round
-MOST_AT_ONCE = 12  # latents in one call of the UNet, where more are known beforehand
-MOST_LEARNED_AT_ONCE = 4  # likewise where gradients come back, which takes far more memory
-NUM_REVISION_WORDS = 24  # words of CLIP's that the UNet may add to a hard prompt
-NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, when a hard prompt is revised
-# A word is part of the change if the UNet draws the other picture worse with it by LEAST_CONTRAST, and this one no worse
-# than by MOST_HARM_SHARE of that and by MOST_HARM; all relative to the UNet's error without the word. See RESULTS.md.
+NUM_COMPLETION_SAMPLES = 6  # (noise, time step) pairs on which they are evaluated
+NUM_SEARCH_ROUNDS = 4  # maximum; each round accepts at most one gained, one lost and one shared word
+NUM_PROMISING = 3  # near misses of each kind (gained, lost, shared) that are tried again in the next round
+MOST_AT_ONCE = 12  # maximum latents per UNet call
+MOST_LEARNED_AT_ONCE = 4  # the same with gradients, which need far more memory
+NUM_REVISION_WORDS = 24  # words from CLIP that the UNet may add to a hard prompt
+NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, for revising a hard prompt
+# All thresholds below are relative to the UNet's error without words; RESULTS.md has the measurements.
+# A word is part of the change if it raises the error on the other picture by more than LEAST_CONTRAST, and the error
+# on its own by less than MOST_HARM and less than MOST_HARM_SHARE of that contrast.
 LEAST_CONTRAST, MOST_HARM_SHARE, MOST_HARM = 0.06, 0.02, 0.06
-# A word is quiet if alone it harms the other picture by less than LOUD, and by less than QUIET_SHARE of what the loudest word
-# does. One that is not quiet on the noises that chose it only has to help its own picture by LEAST_FRESH_GAIN on fresh ones.
-# Others may harm it there by MOST_FRESH_HARM; those that are quiet there may help the other picture beside its words by
-# MOST_FRESH_HELP, and must alone help their own by LEAST_GAIN_ALONE. All are relative to the error without words; see RESULTS.md.
+# Verification on fresh noises. A word is quiet if, alone, it harms the other picture by less than LOUD and by less
+# than QUIET_SHARE of the loudest word's harm. One that was not quiet when chosen passes if it now helps its own
+# picture by LEAST_FRESH_GAIN. Any other may harm its own by at most MOST_FRESH_HARM. If it is quiet now, it may help
+# the other picture by at most MOST_FRESH_HELP, and alone it must help its own by LEAST_GAIN_ALONE.
 LEAST_FRESH_GAIN, MOST_FRESH_HARM, MOST_FRESH_HELP, LEAST_GAIN_ALONE = 0.03, 0.003, 0.015, 0.06
 LOUD, QUIET_SHARE = 0.7, 0.15
-# A likely word may be hidden by louder ones if alone it harms its own picture by no more than MOST_HIDDEN_HARM, and the other
-# by LEAST_HIDDEN_CONTRAST more. Beside them it must then help its own picture by LEAST_HIDDEN_GAIN, and help the other by no more
-# than MOST_HIDDEN_HELP. One that alone is LOUD, and harms its own by no more than MOST_LOUD_HARM, need not help its own beside
-# them, and may harm it by LEAST_HIDDEN_GAIN. See RESULTS.md.
+# Louder words may hide a likely word that, alone, harms its own picture by at most MOST_HIDDEN_HARM, and the other by
+# at least LEAST_HIDDEN_CONTRAST more. Next to them it must help its own by LEAST_HIDDEN_GAIN, and the other by at most
+# MOST_HIDDEN_HELP. If, alone, it is LOUD and does at most MOST_LOUD_HARM, it may harm its own by LEAST_HIDDEN_GAIN
+# there.
 MOST_HIDDEN_HARM, LEAST_HIDDEN_CONTRAST, LEAST_HIDDEN_GAIN, MOST_HIDDEN_HELP = 0.25, 0.1, 0.03, 0.005
 MOST_LOUD_HARM = 0.1
-NO_CHANGE = 1e-4  # mean square of the change of the latents, below which nothing is learned
-CONTRAST_TIMESTEPS = (0.3, 0.98)  # share of the schedule that the contrast is learned on
-LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query with which a word belongs to its prompt
-LEAST_SHARED_GAIN = 0.03  # relative gain on both pictures with which a word belongs to the prompt of both
-# Of each step's noise, with `inversion="ddpm"`. Against 1, answers on Storybook were as often right, and nearer to the right
-# pictures by 0.5 ± 0.3 dB (56 analogies of three seeds).
+NO_CHANGE = 1e-4  # mean squared change of the latents below which nothing is learned
+CONTRAST_TIMESTEPS = (0.3, 0.98)  # part of the schedule on which the contrast is learned, as fractions
+LEAST_COMPLETION_GAIN = 0.015  # relative gain on a query from which a word is added to its prompt
+LEAST_SHARED_GAIN = 0.03  # relative gain on both pictures above which a word is added to their shared prompt
+# With `inversion="ddpm"`. Compared with 1, answers on Storybook were right as often, and 0.5 ± 0.3 dB closer to the
+# right pictures (56 analogies, three seeds).
 DDPM_ETA = 0.5
-LEAST_DDPM_ETA = 0.01  # below this the steps' noises become so large that floats lose the query
-NUM_MASK_STEPS = 10  # of the drawing, at which a mask is looked for
-# Share of the strongest change at which a place belongs to the mask. On 30 analogies of Storybook the mask then covered
-# 0.98 of the changed pixels or more in the mean of every kind, and left alone 0.72 to 0.87 of the others where the change
-# was local; at 0.3 it covered 0.73 of a changed sky.
+LEAST_DDPM_ETA = 0.01  # below this, step noises are so large that rounding loses the query
+NUM_MASK_STEPS = 10  # denoising steps from which an automatic mask is computed
+# Fraction of the strongest change above which a place belongs to the mask. On 30 Storybook analogies the mask then
+# covered on average at least 0.98 of the changed pixels for every kind of change, and where the change was local it
+# left out 0.72 to 0.87 of the others. At 0.3 it covered 0.73 of a changed sky.
 AUTO_MASK_THRESHOLD = 0.15
-# Words that alone say nothing of a picture, so that captions which differ by them alone do not differ.
+# Words without content of their own: captions that differ only in these do not differ.
 FUNCTION_WORDS = frozenset(
-    "a an the and or of in on at by to with without from for as is are was were be it its this that there some something "
-    "nothing".split()
+    "a an the and or but of in on at by to with without from for as is are was were be it its this that there some "
+    "something nothing".split()
 )
-# How far out random tokens begin, in standard deviations of the vocabulary. See RESULTS.md.
+NEGATIONS, ARTICLES = frozenset(("no", "not", "without")), frozenset(("a", "an", "any", "the"))
+# Spread of random initial tokens, in standard deviations of the vocabulary. See RESULTS.md.
 RANDOM_INIT_SCALE = 1.0
-QUESTION = "Describe this image in one short sentence."  # that captioners which converse are asked
-# Words are nearly there: steps that take random rows to their place in time lead words away from theirs.
+QUESTION = "Describe this image in one short sentence."  # asked of chat captioners
+# Tokens that start as words are close to the solution; the learning rate that random rows need would make them drift.
 FROM_WORDS = {
     "objective": "contrast",
     "num_optimization_steps": 8,
@@ -158,13 +160,13 @@ FROM_ROWS = {
     "num_samples_per_step": 4,
 }
 
-# The CLIP whose text tower is a base model's text encoder, by the width of that encoder.
+# The CLIP whose text tower is the base model's text encoder, by that encoder's width.
 MATCHING_CLIP = {
     768: "openai/clip-vit-large-patch14",
     1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     1280: "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
 }
-# Mean cosine of two models' word embeddings above which one is a copy or a fine-tune of the other.
+# Mean cosine between two models' word embeddings above which one is a copy or a fine-tune of the other.
 SAME_EMBEDDINGS = 0.5
 
 WEIGHT_NAME = "difference.safetensors"
@@ -174,7 +176,7 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers import DiffusionPipeline
         >>> from diffusers.utils import load_image
 
-        >>> # The small model that comes with the project; any Stable Diffusion 1.x, 2.x or XL checkpoint does as well.
+        >>> # The small model that comes with the project. Any Stable Diffusion 1.x, 2.x or XL checkpoint works too.
         >>> pipe = DiffusionPipeline.from_pretrained(
         ...     "examples/storybook/model",
         ...     custom_pipeline="pipeline_difference_inversion.py",
@@ -206,12 +208,12 @@ def slerp(start: torch.Tensor, end: torch.Tensor, fraction: float) -> torch.Tens
     start, end = F.normalize(start, dim=-1), F.normalize(end, dim=-1)
     angle = torch.acos((start * end).sum(-1, keepdim=True).clamp(-1, 1))
     along_arc = (torch.sin((1 - fraction) * angle) * start + torch.sin(fraction * angle) * end) / torch.sin(angle)
-    along_chord = (1 - fraction) * start + fraction * end  # where the arc has no length, or no direction
+    along_chord = (1 - fraction) * start + fraction * end  # for parallel and opposite directions
     return F.normalize(torch.where(torch.sin(angle) < 1e-4, along_chord, along_arc), dim=-1)
 
 
 def interpolated_delta(image_delta: torch.Tensor, text_delta: torch.Tensor, alpha: float) -> torch.Tensor:
-    """What changed, between what the images say (alpha 0) and what their captions say (alpha 1); equations 2 to 5.
+    """Interpolates between the images' delta (alpha 0) and the captions' (alpha 1); equations 2 to 5.
 
     Args:
         image_delta: CLIP's image embedding after minus before, shape (dim,).
@@ -219,7 +221,7 @@ def interpolated_delta(image_delta: torch.Tensor, text_delta: torch.Tensor, alph
         alpha: 0 to 1.
 
     Returns:
-        The delta at unit length, shape (dim,); where one of the two is zero (equal captions, say), the other.
+        The delta at unit length, shape (dim,). If one of the two is zero (equal captions, say), the other.
     """
     if not text_delta.any():
         return F.normalize(image_delta, dim=-1)
@@ -234,28 +236,28 @@ def clip_loss(token_embedding: torch.Tensor, delta: torch.Tensor) -> torch.Tenso
 
 
 def token_consistency_loss(prediction: torch.Tensor, target: torch.Tensor, lambda_before: float) -> torch.Tensor:
-    """L_after + lambda_before * L_before (equations 7 to 9): the model's mean squared errors on A' and on A.
+    """L_after + lambda_before * L_before (equations 7 to 9): the UNet's mean squared errors on A' and on A.
 
     Args:
-        prediction: UNet outputs for A' under [P_A; +D] and for A under [P_A'; -D], (2, samples, channels, height,
-            width); those for A can be left out where they have no weight.
-        target: the noise or the velocity that they should be, same shape.
-        lambda_before: weight of the second, at least 0; 1 in the paper.
+        prediction: UNet outputs for A' under [P_A; +D], then for A under [P_A'; -D], (2, samples, channels, height,
+            width). The second can be left out if it has no weight.
+        target: the noise or velocity to predict, same shape.
+        lambda_before: weight of L_before, at least 0; 1 in the paper.
     """
     errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
     return errors[0] + lambda_before * errors[1:].sum()
 
 
 def change_weights(before_latents: torch.Tensor, after_latents: torch.Tensor) -> torch.Tensor:
-    """How much each place counts when two pictures are compared: the distance between their latents there.
+    """Weights each place by how much it changed: the distance between the two latents there.
 
-    What did not change then hardly adds noise to the comparison. This is ours, not the paper's.
+    Unchanged places then add hardly any noise to a comparison. Ours, not the paper's.
 
     Args:
         before_latents, after_latents: (batch, channels, height, width).
 
     Returns:
-        Weights (batch, 1, height, width) with a mean of 1; all 1 where the pictures are the same.
+        Weights (batch, 1, height, width) with a mean of 1; all 1 if the pictures are the same.
     """
     distance = (after_latents.float() - before_latents.float()).square().mean(1, keepdim=True).sqrt()
     mean = distance.mean((-2, -1), keepdim=True)
@@ -263,41 +265,41 @@ def change_weights(before_latents: torch.Tensor, after_latents: torch.Tensor) ->
 
 
 def weighted_errors(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean squared errors of predictions (..., channels, height, width), by place weighted, (...)."""
+    """Mean squared errors (...) of predictions (..., channels, height, width), weighted by place."""
     return ((prediction.float() - target.float()).square().mean(-3) * weights.squeeze(-3)).mean((-2, -1))
 
 
 def contrast_loss(after_gain: torch.Tensor, before_gain: torch.Tensor, lambda_contrast: float) -> torch.Tensor:
-    """What the tokens do for A', less what they do for A as well. This is ours, in place of equation 7.
+    """The tokens' gain on A (if positive), minus their gain on A'. Ours, in place of equation 7.
 
-    Under L_after alone, tokens earn by describing anything that A' shows and the prompt leaves out. Here, what A and A'
-    share earns nothing, since it helps both. Making A worse earns nothing either, so that tokens stay near what A' needs.
+    Under L_after alone, tokens are rewarded for describing anything in A' that the prompt leaves out. Here, content
+    that A and A' share earns nothing, since it helps both. Making A worse earns nothing either, so tokens stay near
+    what helps A'.
 
     Args:
-        after_gain: how much smaller the UNet's error on A' is with the tokens than without, relative to the error
-            without, (samples,).
+        after_gain: relative reduction of the UNet's error on A' by the tokens, (samples,).
         before_gain: the same for A, under the same prompt, noises and time steps.
-        lambda_contrast: weight of the gain on A; 1 makes shared content worthless.
+        lambda_contrast: weight of the gain on A; at 1, shared content earns nothing.
     """
     return (lambda_contrast * before_gain.clamp(min=0) - after_gain).mean()
 
 
 class Vocabulary:
-    """Rows (words, dim) that tokens may be, and their directions, which are too many to be found again at each step."""
+    """Candidate rows (words, dim), and their directions, which are too many to normalise again at every step."""
 
     def __init__(self, rows: torch.Tensor):
         self.rows = rows.float()
         self.directions = F.normalize(self.rows, dim=-1)
 
     def nearest(self, rows: torch.Tensor, count: int = 1) -> torch.return_types.topk:
-        """Cosines of `rows` (num_tokens, dim) with the words that point most nearly where they do, and which these are,
-        both (num_tokens, count)."""
+        """Cosines and indices (num_tokens, count) of the words closest in direction to each of `rows` (num_tokens,
+        dim)."""
         return (F.normalize(rows.float(), dim=-1) @ self.directions.T).topk(min(count, len(self.rows)))
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The words nearest to `rows` (..., dim), and which these are (...).
+        """The word nearest to each of `rows` (..., dim), as a row and as an index (...).
 
-        Gradients pass as if they were the given rows: the projection of "Hard Prompts Made Easy" (Wen et al., 2023).
+        Gradients pass straight through to `rows`, as in "Hard Prompts Made Easy" (Wen et al., 2023).
         """
         nearest = self.nearest(rows.detach().flatten(0, -2)).indices.view(rows.shape[:-1])
         return rows + (self.rows[nearest] - rows).detach(), nearest
@@ -307,7 +309,7 @@ class Vocabulary:
 
 
 def split_words(prompt: str) -> list[str]:
-    """A prompt's words and signs in lower case; names in angle brackets are textual inversions."""
+    """A prompt's words and punctuation in lower case; names in angle brackets are textual inversions."""
     return re.findall(r"<[^<>\s]+>|\w+|[^\w\s]", prompt.lower())
 
 
@@ -315,15 +317,25 @@ def _says_something(word: str) -> bool:
     return word not in FUNCTION_WORDS and any(map(str.isalnum, word))
 
 
+def said_words(prompt: str) -> list[str]:
+    """A prompt's words and signs, but for what it denies: "a man without a red hat in snow" has no hat, and nothing red."""
+    words, denied = [], False
+    for word in split_words(prompt):
+        denied = word in NEGATIONS or (denied and (_says_something(word) or word in ARTICLES))
+        if not denied:
+            words.append(word)
+    return words
+
+
 def unshared_words(prompt: str, other: str) -> list[str]:
-    """Words that say something and that only the first of two prompts has, each once, in its order."""
-    known = set(split_words(other))
-    return [word for word in dict.fromkeys(split_words(prompt)) if _says_something(word) and word not in known]
+    """The content words that only the first of two prompts says, once each, in its order."""
+    known = set(said_words(other))
+    return [word for word in dict.fromkeys(said_words(prompt)) if _says_something(word) and word not in known]
 
 
 def shared_prompt(before: str, after: str) -> str:
-    """What two prompts both say, in the first one's order. Function words and signs stay if the next word does."""
-    words, known, shared = split_words(before), set(split_words(after)), []
+    """What two prompts share, in the first one's order. Function words and punctuation stay if the next word does."""
+    words, known, shared = said_words(before), set(said_words(after)), []
     for word in reversed(words):
         follows = _says_something(word) or (shared and shared[-1] is not None)
         shared.append(word if word in known and follows else None)
@@ -332,12 +344,12 @@ def shared_prompt(before: str, after: str) -> str:
 
 
 def _spaced(word: str, following: str) -> str:
-    """A pattern for a word and the space after it, which signs do without."""
+    """A pattern for a word and the space after it, which is optional around punctuation."""
     return re.escape(word) + (r"\s+" if word.isalnum() and following.isalnum() else r"\s*")
 
 
 def without_phrases(prompt: str, phrases: Sequence[str]) -> str:
-    """A prompt without these phrases, wherever it has them whole."""
+    """A prompt without these phrases, wherever they occur as whole words."""
     for phrase in filter(str.strip, phrases):
         words = phrase.split()
         pattern = "".join(map(_spaced, words[:-1], words[1:])) + re.escape(words[-1])
@@ -350,28 +362,28 @@ def without_phrases(prompt: str, phrases: Sequence[str]) -> str:
 
 
 class WordSearch:
-    """Sorts words by what the UNet says of them: gained by A', lost by A, or shared by both.
+    """Sorts words by their effect on the UNet's errors: gained by A', lost by A, or shared by both.
 
-    A word that was gained makes the UNet draw A worse, and A' no worse; a word that was lost does the reverse; a shared
-    word helps both. Each picture is judged under the words that were found for it so far, so that a quiet change is heard
-    beside a loud one. This is ours, not the paper's.
+    A gained word makes the UNet draw A worse, and A' no worse; a lost word does the reverse; a shared word helps both.
+    Each picture is judged with the words already found for it, so that a quiet change is noticed next to a loud one.
+    Ours, not the paper's.
 
     Args:
-        errors: `errors(phrases, picture)` gives the UNet's errors (phrases, samples) on A (picture 0) or A' (picture 1),
-            with each phrase after what the prompts of the pair share.
+        errors: `errors(phrases, picture)` returns the UNet's errors (phrases, samples) on A (picture 0) or A' (picture
+            1), with each phrase appended to the prompt that the pair shares.
     """
 
     def __init__(self, errors: Callable[[list[str], int], torch.Tensor]):
         self.errors = errors
         self.shared: list[str] = []
-        self.found: tuple[list[str], list[str]] = ([], [])  # what A lost, what A' gained
+        self.found: tuple[list[str], list[str]] = ([], [])  # lost by A, gained by A'
         without_words = torch.cat([errors([""], picture) for picture in (0, 1)])
-        self._scale = without_words.mean(0)  # all errors are relative to it
-        self._alone: dict[str, list[float]] = {}  # gains of words where none was found yet
+        self._scale = without_words.mean(0)  # all errors are divided by it
+        self._alone: dict[str, list[float]] = {}  # gains of words when none has been found
         self._known = {("", picture): found / self._scale for picture, found in enumerate(without_words)}
 
     def run(self, candidates: Sequence[str], may_be_shared: Sequence[str], most: int) -> None:
-        """Fills `found` with up to `most` words a side, and `shared` with words of `may_be_shared`."""
+        """Fills `found` with up to `most` words per side, and `shared` with words from `may_be_shared`."""
         candidates, refused = list(dict.fromkeys(candidates)), set()
         for _ in range(NUM_SEARCH_ROUNDS):
             known = {*self.shared, *self.found[0], *self.found[1], *refused}
@@ -398,7 +410,7 @@ class WordSearch:
             if not accepted:
                 return
             refused |= self.drop_refuted()
-            # Words that are far from telling are not tried again.
+            # Words that are far from passing are not tried again.
             promising = torch.stack([*(torch.minimum(gains[:, s], -gains[:, 1 - s]) for s in (0, 1)), both])
             nearest = promising.topk(min(NUM_PROMISING, len(candidates)))
             kept = set(nearest.indices[nearest.values.isfinite()].tolist())
@@ -406,10 +418,10 @@ class WordSearch:
             candidates = [word for i, word in enumerate(candidates) if i in kept]
 
     def look_again(self, likely: Sequence[Sequence[str]], most: int) -> None:
-        """Takes words that the search left, of those that are likely to have been lost, and of those likely to have been gained.
+        """Reconsiders rejected words that were likely lost (`likely[0]`) or gained (`likely[1]`).
 
-        Beside louder words a quiet one only has to help its picture, and not to help the other. One that has told them apart
-        alone only has to do little harm.
+        Next to louder words, a quiet one only has to help its own picture and not the other. If it clearly told the
+        two apart on its own, it may even harm its own picture a little.
         """
         known = {*self.shared, *self.found[0], *self.found[1]}
         left = [[w for w in words if w not in known and self._may_be_hidden(w, i)] for i, words in enumerate(likely)]
@@ -434,29 +446,29 @@ class WordSearch:
             left = [[word for word in words if word not in gone] for words in left]
 
     def _may_be_hidden(self, word: str, side: int) -> bool:
-        """Whether a word, alone, did not harm its own picture much, and told the two apart at least a little."""
+        """Whether a word, on its own, does little harm to its picture and tells the two apart at least a little."""
         gain, other_gain = self.gains_alone(word, side)
         return gain >= -MOST_HIDDEN_HARM and gain - other_gain >= LEAST_HIDDEN_CONTRAST
 
     def _least_gain(self, word: str, side: int) -> float:
-        """What a hidden word must do for its picture beside the others."""
+        """The gain on its own picture that a hidden word needs next to the others."""
         gain, other_gain = self.gains_alone(word, side)
         told_them_apart = gain >= -MOST_LOUD_HARM and -other_gain >= LOUD
         return -LEAST_HIDDEN_GAIN if told_them_apart else LEAST_HIDDEN_GAIN
 
     @staticmethod
     def evidence(gain: torch.Tensor, other_gain: torch.Tensor) -> torch.Tensor:
-        """How well words (words,) hold for a picture and not for the other; -inf for those that do not."""
+        """How strongly words (words,) speak for one picture and against the other; -inf for those that do not."""
         contrast = -other_gain
         holds = (contrast > LEAST_CONTRAST) & (gain > -MOST_HARM_SHARE * contrast) & (gain > -MOST_HARM)
         return torch.where(holds, gain + 0.25 * contrast.clamp(max=1), -torch.inf)
 
     def gains(self, words: Sequence[str], found: tuple[list[str], list[str]]) -> torch.Tensor:
-        """How much better each picture is drawn with each word after those found, (words, 2)."""
+        """How much better each picture is drawn when each word is added to those found, (words, 2)."""
         return torch.stack([self._gains(words, found[picture], picture) for picture in (0, 1)], dim=1)
 
     def _gains(self, words: Sequence[str], beside: list[str], picture: int) -> torch.Tensor:
-        """How much better one picture is drawn with each word after others, (words,)."""
+        """How much better one picture is drawn when each word is added to `beside`, (words,)."""
         if not words:
             return self._scale[:0]
         phrases = [[*self.shared, *beside, *more] for more in ([], *([word] for word in words))]
@@ -464,7 +476,7 @@ class WordSearch:
         return torch.stack([(without - errors).mean() for errors in with_word])
 
     def _gain(self, word: str, beside: list[str], picture: int) -> float:
-        """As `_gains`, of one word."""
+        """As `_gains`, for one word."""
         return float(self._gains([word], beside, picture)[0])
 
     def _errors(self, phrases: list[str], picture: int) -> list[torch.Tensor]:
@@ -475,7 +487,7 @@ class WordSearch:
         return [self._known[phrase, picture] for phrase in phrases]
 
     def drop_refuted(self) -> set[str]:
-        """Takes back words that help the other picture too, or harm their own, now that others stand beside them."""
+        """Removes words that, next to the others, help the other picture too or harm their own; returns them."""
         dropped: set[str] = set()
         while True:
             worst, refuted = 0.0, None
@@ -491,9 +503,9 @@ class WordSearch:
             dropped.add(refuted[1])
 
     def verify(self, errors: Callable[[list[str], int], torch.Tensor]) -> None:
-        """Takes back words that errors which did not choose them speak against.
+        """Removes words that do not hold on `errors`, which come from noises that did not choose them.
 
-        Of many words that are tried, the best on a few noises is sometimes the luckiest.
+        With many candidates, the best on a few noises is sometimes just the luckiest.
         """
         fresh = WordSearch(errors)
         fresh.shared = self.shared
@@ -506,15 +518,15 @@ class WordSearch:
                 words.pop(worst)
 
     def _doubt(self, search: "WordSearch", word: str, side: int) -> float:
-        """By how much a word that another search found misses what is asked of it; above 0 it is not to stay.
+        """By how much a word from another search misses the requirements; above 0 it is dropped.
 
-        It may not harm its own picture, or only a little if it harms the other very much. Beside a much louder word it must
-        also help its own picture, and not the other: where something goes and nothing comes in its place, a word for what
-        both pictures show may seem to do a little of each.
+        It may not harm its own picture, or only a little if it harms the other a lot. Next to a much louder word it
+        must also help its own and not the other: if something disappears and nothing replaces it, a word for shared
+        content can seem to do a little of each.
         """
         gain = self._gain(word, [other for other in search.found[side] if other != word], side)
         if gain >= LEAST_FRESH_GAIN and search.loudness(word, side) >= search.least_loudness(search.found):
-            return 0.0  # of most words no more need be known
+            return 0.0  # enough for most words
         loudness, least = self.loudness(word, side), self.least_loudness(search.found)
         if loudness >= least and gain >= -max(MOST_FRESH_HARM, MOST_HARM_SHARE * loudness):
             return 0.0
@@ -527,22 +539,22 @@ class WordSearch:
         return doubt
 
     def least_loudness(self, found: tuple[list[str], list[str]]) -> float:
-        """Below which a word is quiet beside the loudest of those found."""
+        """The loudness below which a word is quiet, given the loudest of those found."""
         loudest = max(self.loudness(word, side) for side in (0, 1) for word in found[side])
         return min(LOUD, QUIET_SHARE * loudest)
 
     def loudness(self, word: str, side: int) -> float:
-        """By how much a word alone harms the other picture."""
+        """How much a word alone harms the other picture."""
         return -self.gains_alone(word, side)[1]
 
     def gains_alone(self, word: str, side: int) -> tuple[float, float]:
-        """By how much the UNet draws a word's own picture better with it alone, and the other."""
+        """How much better a word alone makes the UNet draw its own picture, and the other."""
         if word not in self._alone:
             self._alone[word] = self.gains([word], ([], []))[0].tolist()
         return self._alone[word][side], self._alone[word][1 - side]
 
     def order(self, prompts: tuple[str, str]) -> None:
-        """Puts the words of each side in the order in which its prompt has them; of others, in the better of two."""
+        """Sorts each side's words as in its prompt; if it lacks any, swaps neighbours where that lowers the error."""
         for side, words in enumerate(self.found):
             places = split_words(prompts[side])
             if all(word in places for word in words):
@@ -560,15 +572,15 @@ class WordSearch:
 
 @dataclass(repr=False, eq=False)
 class DifferenceTokens:
-    """A learned difference: rows of a text encoder's embedding space, and where they come from.
+    """A learned difference: rows in a text encoder's embedding space, with a record of their origin.
 
-    Arithmetic makes new differences: `0.5 * d` is less of the change, `-d` the same rows negated (equation 8), `d + e`
-    both changes (their rows one after the other).
+    Arithmetic makes new differences: `0.5 * d` is less of the change, `-d` has negated rows (equation 8), and `d + e`
+    applies both changes (their rows are concatenated).
 
     Attributes:
-        embeddings: one tensor (num_tokens, dim) a text encoder, by name; that of a single one is `<difference>`, or
-            what another program's file calls it.
-        metadata: strings that say how it was learned: prompts, settings, base model, versions.
+        embeddings: one tensor (num_tokens, dim) per text encoder, by name. A single one is named `<difference>`, or as
+            in the other program's file that it came from.
+        metadata: strings that record how it was learned: prompts, settings, base model, versions.
     """
 
     embeddings: dict[str, torch.Tensor]
@@ -598,14 +610,14 @@ class DifferenceTokens:
         return self * -1.0
 
     def negated(self) -> "DifferenceTokens":
-        """The way back, `-d`, to be saved for programs that know no negative scales."""
+        """The reverse change, `-d`, to save for programs that have no negative scales."""
         return -self
 
     def __add__(self, other: "DifferenceTokens") -> "DifferenceTokens":
         names = list(self.embeddings)
         if len(names) != len(other.embeddings) or (len(names) > 1 and set(names) != set(other.embeddings)):
             raise ValueError(f"Differences for different text encoders do not add: {self!r} and {other!r}.")
-        # One encoder's tokens may have any name; those of two are told apart by theirs, and files sort them.
+        # One encoder's tokens may have any name; those of two are matched by name, since files sort them.
         others = other.embeddings if len(names) > 1 else dict(zip(names, other.embeddings.values(), strict=True))
         if any(own.shape[1:] != others[name].shape[1:] for name, own in self.embeddings.items()):
             raise ValueError(f"Differences of different base models do not add: {self!r} and {other!r}.")
@@ -621,32 +633,32 @@ class DifferenceTokens:
         return DifferenceTokens(rows, metadata)
 
     def to(self, device: Any = None, dtype: Optional[torch.dtype] = None) -> "DifferenceTokens":
-        """Returns a copy on another device or in another floating-point type."""
+        """Returns a copy on another device or in another dtype."""
         moved = {name: rows.to(device=device, dtype=dtype) for name, rows in self.embeddings.items()}
         return DifferenceTokens(moved, dict(self.metadata))
 
     def nearest_words(
         self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, count: int = 3
     ) -> list[list[tuple[str, float]]]:
-        """The vocabulary words that point most nearly where each token does, for people who ask what was learned.
+        """The vocabulary words closest in direction to each token, to see what was learned.
 
         Args:
             tokenizer: the base model's.
             text_encoder: the base model's, of the tokens' width.
-            count: words for each token, at least 1.
+            count: words per token, at least 1.
 
         Returns:
-            For each token its words and their cosines, -1 to 1, nearest first. At 1 a token points as that word does.
+            For each token, its words and their cosines (-1 to 1), nearest first. At 1 a token points as the word does.
 
         Raises:
-            ValueError: if `count` is below 1, or no tokens have the text encoder's width.
+            ValueError: if `count` is below 1, or if no tokens have the text encoder's width.
         """
         if count < 1:
             raise ValueError(f"`count` is {count}; it must be at least 1.")
         table = embedding_table(text_encoder.get_input_embeddings()).float()
         fitting = [rows for rows in self.embeddings.values() if rows.shape[1] == table.shape[1]]
         if not fitting:
-            raise ValueError(f"`text_encoder` has embeddings of size {table.shape[1]}, and this is {self!r}.")
+            raise ValueError(f"`text_encoder` has embeddings of size {table.shape[1]}, which do not fit {self!r}.")
         words = sorted(set(range(len(table))) - set(tokenizer.all_special_ids))
         nearest = Vocabulary(table[words]).nearest(fitting[0].to(table), count)
         names = [[_written(tokenizer, [words[i]]) for i in row] for row in nearest.indices]
@@ -655,7 +667,7 @@ class DifferenceTokens:
         ]
 
     def to_text(self, tokenizer: CLIPTokenizer) -> str:
-        """The difference as plain words, to be put behind any prompt, also of a model that takes nothing but text.
+        """The difference as plain words to append to any prompt, even for a model that takes only text.
 
         Args:
             tokenizer: the base model's.
@@ -665,27 +677,27 @@ class DifferenceTokens:
         """
         if "token_ids" not in self.metadata:
             raise ValueError(
-                f'{self!r} is not made of words. Learn it with `projection="hard"`, and give it no scale; '
-                "`nearest_words` says what other tokens are near."
+                f'{self!r} is not made of words. Learn it with `projection="hard"`, and do not scale it; '
+                "`nearest_words` shows the words nearest to other tokens."
             )
         return _written(tokenizer, [int(index) for index in self.metadata["token_ids"].split()])
 
     def save(self, path: Union[str, os.PathLike], token: Optional[str] = None) -> Path:
-        """Writes one safetensors file that stock `load_textual_inversion` and ComfyUI read too.
+        """Writes one safetensors file that stock `load_textual_inversion` and ComfyUI can read too.
 
-        The file is written beside its place and then moved there, so that a crash leaves the old one or the new one.
+        The file is written next to its destination, then moved there, so a crash leaves the old file or the new one.
 
         Args:
-            path: where; `.safetensors` is added where it is not the ending.
-            token: what stands for the difference in a stock pipeline's prompts, by default the file's name in angle
-                brackets, so that several files load into one pipeline. SDXL's have none: who loads the rows of its two text
-                encoders names them.
+            path: where to write; `.safetensors` is added if it is missing.
+            token: what stands for the difference in a stock pipeline's prompts. Defaults to the file's name in angle
+                brackets, so that several files load into one pipeline. Rows of two text encoders (SDXL) are named
+                when they are loaded instead.
 
         Returns:
             The path that was written.
 
         Raises:
-            ValueError: if `token` has upper-case letters or spaces, since diffusers would then use its first row only, or
+            ValueError: if `token` has upper-case letters or spaces (diffusers would then use its first row only), or
                 if the difference is for two text encoders.
         """
         path = Path(path)
@@ -695,7 +707,7 @@ class DifferenceTokens:
             names = [token or "<{}>".format(re.sub(r"[^\w.-]+", "-", path.stem.lower()))]
             if names[0] != names[0].lower() or names[0].split() != names:
                 raise ValueError(
-                    f"`token` must be one word in lower case, and is {token!r}; diffusers knows no others."
+                    f"`token` must be one word in lower case, but is {token!r}; diffusers supports no others."
                 )
         elif token is not None:
             raise ValueError("`token` names one text encoder's rows; those of two are named when they are loaded.")
@@ -714,18 +726,18 @@ class DifferenceTokens:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is no safetensors file, if a tensor is not a finite floating-point matrix, or if it was
-                written in a newer format than this code knows.
+            ValueError: if it is not a safetensors file, if a tensor is not a finite floating-point matrix, or if its
+                format is newer than this code supports.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"`difference`: there is no file {str(path)!r}. Repositories of the Hub are read by `pipe.load_difference`."
+                f"`difference`: there is no file {str(path)!r}. `pipe.load_difference` reads repositories of the Hub."
             )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
-                # Copies: the tensors are the file itself, and the process would die if it were cut.
+                # Cloned because they are memory-mapped: the process would crash if the file were truncated.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
                 embeddings = _as_matrices(tensors, metadata)
         except SafetensorError as error:
@@ -737,15 +749,15 @@ class DifferenceTokens:
         version = metadata.get("format_version", "1")
         if not version.isdigit() or int(version) > FILE_FORMAT_VERSION:
             raise ValueError(
-                f"`difference`: {str(path)!r} has format_version {version!r}, and this code reads up to "
+                f"`difference`: {str(path)!r} has format_version {version!r}, but this code reads only up to "
                 f"{FILE_FORMAT_VERSION}. Update pipeline_difference_inversion.py."
             )
         return cls(embeddings, metadata)
 
     def save_pretrained(self, folder: Union[str, os.PathLike]) -> Path:
-        """Writes `difference.safetensors` into a folder, which is made if it is not there. What else is in it stays.
+        """Writes `difference.safetensors` into a folder, creating it if needed and keeping its other files.
 
-        A model card with the two pictures is written by `examples/publish.py difference`.
+        `examples/publish.py difference` writes a model card with the two pictures.
         """
         return self.save(Path(folder) / WEIGHT_NAME).parent
 
@@ -758,14 +770,14 @@ class DifferenceTokens:
         create_pr: bool = False,
         commit_message: str = "Upload difference tokens",
     ) -> str:
-        """Uploads `difference.safetensors` to a repository of the Hub, which is made if it is not there.
+        """Uploads `difference.safetensors` to a repository of the Hub, creating it if needed.
 
         Args:
             repo_id: "user/name".
-            private, token, revision, create_pr, commit_message: as huggingface_hub has them.
+            private, token, revision, create_pr, commit_message: as in huggingface_hub.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
         """
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -785,16 +797,16 @@ class DifferenceTokens:
         cache_dir: Union[str, os.PathLike, None] = None,
         local_files_only: bool = False,
     ) -> "DifferenceTokens":
-        """Reads a difference file, or the one in a folder or in a repository of the Hub.
+        """Reads a difference from a file, a folder, or a repository of the Hub.
 
         Args:
             path_or_repo_id: a file, a folder, or "user/name".
-            weight_name: the file's name in it: by default `difference.safetensors`, or the only safetensors file of a
-                folder.
-            revision, token, cache_dir, local_files_only: as huggingface_hub has them.
+            weight_name: the file's name in it. Defaults to `difference.safetensors`, or to a folder's only safetensors
+                file.
+            revision, token, cache_dir, local_files_only: as in huggingface_hub.
 
         Raises:
-            FileNotFoundError: if there is no such file, folder or repository, or no such file in it.
+            FileNotFoundError: if the file, folder or repository does not exist, or has no such file in it.
             OSError: if the Hub cannot be reached.
             ValueError: if the file is not a difference; see [`load`].
         """
@@ -821,12 +833,12 @@ class DifferenceTokens:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write a file to, which then takes its place, so that a crash leaves the old one or the new."""
+    """Yields a file next to `path` to write to, then moves it there, so a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it, where safetensors lets nobody else read
+        mode = temporary.stat().st_mode  # from the umask; safetensors would make the file private
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
@@ -842,15 +854,15 @@ def _file_in(folder: Path, weight_name: Optional[str]) -> Path:
             return files[0]
         raise FileNotFoundError(
             f"`path_or_repo_id`: the folder {str(folder)!r} has {len(files)} safetensors files and none named "
-            f"{WEIGHT_NAME!r}; give its name as `weight_name`."
+            f"{WEIGHT_NAME!r}; give the file's name as `weight_name`."
         )
     return folder / (weight_name or WEIGHT_NAME)
 
 
 def _as_matrices(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
-    """Other programs' files as ours: a single vector is one row, and of A1111's parts only the parameters count."""
+    """Converts other programs' files: a vector becomes one row, and of A1111's tensors only the parameters stay."""
     if metadata.get("format") == FILE_FORMAT:
-        # A single tensor has the name that stock pipelines are to know it by.
+        # A single tensor is stored under the name that stock pipelines will use.
         return dict(zip([DEFAULT_TOKEN], tensors.values(), strict=True)) if len(tensors) == 1 else tensors
     parameters = {name: rows for name, rows in tensors.items() if name.startswith("string_to_param")}
     tensors = parameters or tensors
@@ -860,7 +872,7 @@ def _as_matrices(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
 
 
 def _written(tokenizer: CLIPTokenizer, ids: list[int]) -> str:
-    """Tokens as text; some versions of the tokenizer leave the last word's mark of its end."""
+    """Tokens as text; some tokenizer versions leave the end-of-word mark on the last word."""
     return tokenizer.decode(ids).replace("</w>", " ").strip()
 
 
@@ -886,20 +898,20 @@ def _check_embeddings(embeddings: dict[str, torch.Tensor], source: Any, argument
 
 
 def embedding_table(embedding: torch.nn.Module) -> torch.Tensor:
-    """A token embedding's table (words, dim), also of a module whose weights sequential offloading has put aside."""
+    """A token embedding's table (words, dim), even if sequential offloading has moved its weights away."""
     weight = embedding.weight.detach()
     return embedding(torch.arange(len(weight))).detach() if weight.is_meta else weight
 
 
 def _sampled(table: torch.Tensor) -> torch.Tensor:
-    """Evenly spaced rows of an embedding table, by which it is known."""
+    """Evenly spaced rows of an embedding table, used to recognise it."""
     return table[:: max(1, len(table) // 256)].cpu()
 
 
 def embedding_fingerprint(text_encoder: torch.nn.Module, vocab_size: Optional[int] = None) -> str:
     """Short hash of an evenly spaced sample of a text encoder's token embeddings, the same in fp16 and fp32.
 
-    With `vocab_size`, of the vocabulary that the model came with, whatever a textual inversion has added.
+    With `vocab_size`, only the original vocabulary counts, without tokens that textual inversions added.
     """
     table = embedding_table(text_encoder.get_input_embeddings())
     sample = _sampled(table[:vocab_size]).to(torch.float16)
@@ -907,7 +919,7 @@ def embedding_fingerprint(text_encoder: torch.nn.Module, vocab_size: Optional[in
 
 
 def same_embeddings(own: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether a table (words, dim) is one model's `own`, or a fine-tune's of it with words added, of whatever type."""
+    """Whether a table (words, dim) is `own` or a fine-tune of it, possibly with words added, in any dtype."""
     if own.shape[1] != table.shape[1] or len(own) > len(table):
         return False
     cosines = F.cosine_similarity(_sampled(own).float(), _sampled(table[: len(own)]).float(), dim=-1)
@@ -918,9 +930,9 @@ def same_embeddings(own: torch.Tensor, table: torch.Tensor) -> bool:
 class DifferenceInversionPipelineOutput(BaseOutput):
     """
     Attributes:
-        images: the answers B', query by query: PIL images, or an array or tensor by `output_type`.
-        difference: the difference that was applied, learned or given, without its scale: of several given ones their sum, and
-            None where words alone changed the query.
+        images: the answers B', in the queries' order: PIL images, an array or a tensor, by `output_type`.
+        difference: the difference that was applied, learned or given, without its scale. The sum if several were
+            given; None if words alone changed the query.
     """
 
     images: Union[list[Image.Image], np.ndarray, torch.Tensor]
@@ -935,21 +947,21 @@ _new_lock = threading.Lock()
 
 
 def lock_of(model: torch.nn.Module) -> threading.RLock:
-    """The lock that all pipelines with this model share."""
+    """The lock shared by all pipelines that use this model."""
     with _new_lock:
         return _locks.setdefault(model, threading.RLock())
 
 
 def taking_turns(method: Callable) -> Callable:
-    """Makes a pipeline's method wait until no other thread uses any of the same models, which hold what a call puts there.
+    """Makes a pipeline's method wait while another thread uses any of its models, since calls put hooks on them.
 
-    One thread may call from within a call, as callbacks do. The outermost call finds once what does not change during it.
+    The same thread may call again from inside a call, as callbacks do. The outermost call caches what stays constant.
     """
 
     @wraps(method)
     def wait_and_call(self, *arguments, **options):
         with ExitStack() as held:
-            for model in sorted(self._models(), key=id):  # in the same order everywhere, so that none waits for ever
+            for model in sorted(self._models(), key=id):  # the same order everywhere, to avoid deadlock
                 held.enter_context(lock_of(model))
             if self._once is None:
                 self._once = {}
@@ -961,23 +973,23 @@ def taking_turns(method: Callable) -> Callable:
 
 @contextmanager
 def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
-    """While open, the token embedding gives `rows` at `slots` in place of its own.
+    """While open, the token embedding returns `rows` at `slots` instead of its own rows.
 
-    Gradients reach `rows`; neither the vocabulary nor the model is touched.
+    Gradients reach `rows`; the vocabulary and the model are unchanged.
 
     Args:
         embedding: the text encoder's input embedding.
-        slots: where, boolean (batch, length), as many true in each line as there are rows.
-        rows: what, (batch, num_rows, dim).
+        slots: boolean mask (batch, length) of where to insert, with `num_rows` true entries per line.
+        rows: what to insert, (batch, num_rows, dim).
 
     Raises:
-        RuntimeError: if the embedding was not asked, or its answer not replaced.
+        RuntimeError: if the embedding was not called, or its output was not replaced.
     """
     thread, replaced = threading.get_ident(), []
 
     @torch.compiler.disable
     def replace(module, inputs, output):
-        if threading.get_ident() != thread:  # a stock pipeline with the same text encoder
+        if threading.get_ident() != thread:  # another pipeline with the same text encoder
             return output
         output = output.clone()
         output[slots.to(output.device)] = rows.flatten(0, 1).to(output)
@@ -991,24 +1003,24 @@ def inserted_rows(embedding: torch.nn.Module, slots: torch.Tensor, rows: torch.T
         hook.remove()
     if rows.shape[1] and not replaced:
         raise RuntimeError(
-            "The text encoder took no difference tokens: it was compiled before they were there. Leave it uncompiled; "
-            "`torch.compile` is worth most for `pipe.unet`."
+            "The text encoder took no difference tokens: it was compiled before they were inserted. Leave it "
+            "uncompiled; `torch.compile` helps most for `pipe.unet`."
         )
 
 
 def until_the_end(input_ids: torch.Tensor, end: int) -> torch.Tensor:
-    """1 for the tokens (batch, length) up to each prompt's first end token, and 0 for the padding behind."""
+    """Attention mask (batch, length): 1 up to each prompt's first end token, 0 for the padding after it."""
     ends = (input_ids == end).int()
     return (ends.cumsum(1) - ends == 0).int()
 
 
 @contextmanager
 def frozen(*modules: Optional[torch.nn.Module]) -> Iterator[None]:
-    """While open, the modules are in evaluation mode and want no gradients; afterwards they are as they were."""
+    """While open, the modules are in evaluation mode and require no gradients; afterwards they are restored."""
     modules = [module for module in modules if module is not None]
     parts = [part for module in modules for part in module.modules()]
     was_training = [part for part in parts if part.training]
-    # By place: offloading layer by layer puts other parameters there.
+    # By module and name: sequential offloading replaces the parameters themselves.
     wanted_grad = [
         (part, name) for part in parts for name, p in part._parameters.items() if p is not None and p.requires_grad
     ]
@@ -1026,7 +1038,7 @@ def frozen(*modules: Optional[torch.nn.Module]) -> Iterator[None]:
 
 
 def first_of(generator: Union[torch.Generator, list[torch.Generator], None]) -> Optional[torch.Generator]:
-    """The generator of what is made once for all images."""
+    """The generator for what is made once for all images."""
     return next(iter(generator), None) if isinstance(generator, list) else generator
 
 
@@ -1039,7 +1051,7 @@ def check_number(
     above: float = -math.inf,
     meaning: str = "",
 ) -> None:
-    """Raises `ValueError` for what is no finite number, or no whole one, or outside the range, which it names."""
+    """Raises `ValueError` unless the value is a finite (or whole) number in the range, which the message states."""
     is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
     if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"`{name}` is {value!r}; it must be a {'whole' if whole else 'finite'} number.")
@@ -1051,49 +1063,49 @@ def check_number(
 
 
 def check_choice(name: str, value: Any, *choices: Any) -> None:
-    """Raises `ValueError` for what is none of the choices, which it names."""
-    # Not `in`, which asks whether an array equals each choice, and gets an array for an answer.
+    """Raises `ValueError` unless the value is one of the choices, which the message lists."""
+    # Not `in`: comparing an array with a choice gives an array.
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         *others, last = map(repr, choices)
         raise ValueError(f"`{name}` is {value!r}; it is {', '.join(others)} or {last}.")
 
 
 def check_gradients(name: str, why: str) -> None:
-    """Raises `ValueError` where gradients cannot be had."""
+    """Raises `ValueError` in inference mode, where there are no gradients."""
     if torch.is_inference_mode_enabled():
         raise ValueError(f"`{name}` {why}, which `torch.inference_mode` forbids; `torch.no_grad` does not.")
 
 
 def as_list(value: Any) -> list:
-    """One thing or several, as a list; batched arrays and tensors are taken apart."""
+    """One value or several, as a list; batched arrays and tensors are split."""
     items = []
     for part in value if isinstance(value, (list, tuple)) else [value]:
         is_batch = isinstance(part, (np.ndarray, torch.Tensor)) and part.ndim == 4
-        items.extend(part if is_batch else [part])  # not +=, which arrays and tensors take for a sum
+        items.extend(part if is_batch else [part])  # not +=, which arrays and tensors take as addition
     return items
 
 
 def flatten_image(image: Any, name: str, background: str = "white") -> Any:
-    """Turns a PIL image of any mode upright and RGB, transparency on white; gives float arrays and tensors a batch of 1.
+    """Makes PIL images upright RGB, on a background if transparent; makes arrays and tensors float batches of 1.
 
     Raises:
-        TypeError: if it is nothing that the image processor takes, or holds no real numbers.
-        ValueError: if an array or a tensor has neither one channel nor three, or values out of their range.
+        TypeError: if the image processor does not take it, or it does not hold real numbers.
+        ValueError: if an array or tensor has neither 1 nor 3 channels, or values out of range.
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _flatten_array(image, name)
     if not isinstance(image, Image.Image):
         raise TypeError(
-            f"`{name}` must be a PIL image, an array or a tensor, or a list of them, and is a "
-            f"{type(image).__name__}. `diffusers.utils.load_image` opens paths and addresses."
+            f"`{name}` must be a PIL image, an array or a tensor, or a list of them, but is a "
+            f"{type(image).__name__}. `diffusers.utils.load_image` opens paths and URLs."
         )
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow knows no straight way
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow has no direct way
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     if image.mode == "F":
         return _flatten_array(np.asarray(image), name)
-    if image.mode.startswith("I"):  # of 16 bits, which Pillow alone would cut off at 255; "I" may also hold 8
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255; "I" may also hold 8
         levels = np.asarray(image.convert("I"))
         highest = 255 if image.mode == "I" and levels.max() <= 255 else 65535
         return _flatten_array((levels / highest).astype(np.float32), name)
@@ -1101,9 +1113,9 @@ def flatten_image(image: Any, name: str, background: str = "white") -> Any:
 
 
 def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
-    """As `flatten_image`, for arrays, whose channels come last, and tensors, where they come first.
+    """As `flatten_image`, for arrays (channels last) and tensors (channels first).
 
-    Whole numbers are taken for 0 to 255 and others for 0 to 1.
+    Integers are read as 0 to 255, floats as 0 to 1.
     """
     is_array = isinstance(image, np.ndarray)
     if image.ndim == 2:
@@ -1112,29 +1124,29 @@ def _flatten_array(image: Union[np.ndarray, torch.Tensor], name: str) -> Any:
     transparent = is_array and image.dtype == np.uint8 and channels in (2, 4)
     if not transparent and channels not in (1, 3):
         order = "(height, width, 3)" if is_array else "(3, height, width)"
-        raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type has {order}.")
+        raise ValueError(f"`{name}` has the shape {tuple(image.shape)}; a picture of this type must have {order}.")
     if is_array and image.dtype == np.uint8:
         return flatten_image(Image.fromarray(image.squeeze(-1) if channels == 1 else image), name)
     if image.dtype.kind not in "buif" if is_array else image.is_complex():
-        raise TypeError(f"`{name}` holds {image.dtype}; a picture holds whole or floating-point numbers.")
+        raise TypeError(f"`{name}` holds {image.dtype}; a picture must hold whole or floating-point numbers.")
     is_floating = image.dtype.kind == "f" if is_array else image.is_floating_point()
     scale = 1 if is_floating or image.dtype in (np.bool_, torch.bool) else 255
     values = image.astype(np.float32) if is_array else image.float()
     lowest, highest = float(values.min()), float(values.max())
-    # Diffusers still takes floating-point pictures from -1 to 1, and warns.
+    # diffusers still accepts floats from -1 to 1, with a warning.
     if not (lowest >= (-1.01 if is_floating else 0) and highest <= (1.01 if is_floating else scale)):
         kind = "floating-point pictures" if is_floating else "pictures in whole numbers"
-        raise ValueError(f"`{name}` has values from {lowest:g} to {highest:g}; {kind} have them from 0 to {scale}.")
+        raise ValueError(f"`{name}` has values from {lowest:g} to {highest:g}; {kind} range from 0 to {scale}.")
     values = np.repeat(values, 3 // channels, axis=-1) if is_array else values.expand(3, -1, -1)
     return values[None] / scale  # [1, height, width, 3] or [1, 3, height, width]
 
 
 def as_pictures(images: Any, name: str) -> list:
-    """One image or several, of any kind, as a list of what `flatten_image` makes of each.
+    """One image or several, of any kind, as a list of `flatten_image` results.
 
     Raises:
-        ValueError: if it is an empty list, or an image of a shape that pictures do not have.
-        TypeError: if something in it is no image.
+        ValueError: if the list is empty, or an image does not have the shape of a picture.
+        TypeError: if an item is not an image.
     """
     pictures = [flatten_image(image, name) for image in as_list(images)]
     if not pictures:
@@ -1143,7 +1155,7 @@ def as_pictures(images: Any, name: str) -> list:
 
 
 def as_masks(masks: Any, count: int) -> list:
-    """One mask or several, as a list; a stack (masks, height, width) for as many images is taken apart."""
+    """One mask or several, as a list; a stack (masks, height, width) with one for each image is split."""
     stacked = isinstance(masks, (np.ndarray, torch.Tensor)) and masks.ndim == 3 and masks.shape[-1] not in (1, 3, 4)
     if stacked and (masks.shape[0] == count or masks.shape[0] not in (1, 3, 4)):
         return list(masks)
@@ -1151,12 +1163,12 @@ def as_masks(masks: Any, count: int) -> list:
 
 
 def flatten_mask(mask: Any) -> Any:
-    """As `flatten_image`, for masks: transparency on black; they may also be matrices (height, width)."""
+    """As `flatten_image`, for masks: transparency becomes black, and matrices (height, width) are accepted."""
     if isinstance(mask, Image.Image) and mask.mode in ("F", "I"):
         mask = np.asarray(mask)
     if not isinstance(mask, (np.ndarray, torch.Tensor)):
         return flatten_image(mask, "mask_image", background="black")
-    mask = torch.as_tensor(mask.copy() if isinstance(mask, np.ndarray) else mask)  # PIL's are not writable
+    mask = torch.as_tensor(mask.copy() if isinstance(mask, np.ndarray) else mask)  # arrays from PIL are read-only
     whole = not mask.is_floating_point() and bool((mask > 1).any())  # 0 to 255
     mask = mask.float() / (255 if whole else 1)
     if mask.ndim == 3:
@@ -1174,7 +1186,7 @@ def image_size(image: Any) -> tuple[int, int]:
 
 @dataclass
 class _Encoder:
-    """A text encoder and what goes with it: the CLIP of which it is the text tower, and its tokens' name in a file."""
+    """A text encoder, its tokenizer, the CLIP whose text tower it is, and the name of its tokens in a file."""
 
     token: str
     tokenizer: CLIPTokenizer
@@ -1184,29 +1196,29 @@ class _Encoder:
 
     @property
     def table(self) -> torch.Tensor:
-        """Its token embeddings, (words, width), on whichever device offloading has them."""
+        """Its token embeddings, (words, width), wherever offloading has put them."""
         return embedding_table(self.model.get_input_embeddings())
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (..., width) in float32, where the ids (...) are."""
+        """Token embeddings (..., width) in float32, on the device of the ids (...)."""
         table = self.table
         return table[ids.to(table.device)].to(ids.device, torch.float32)
 
     @property
     def width(self) -> int:
-        """Of its token embeddings, and so of its part of a difference."""
+        """Width of its token embeddings, and so of its part of a difference."""
         return self.model.config.hidden_size
 
 
 @dataclass
 class _Condition:
-    """What the UNet is told of a prompt: its embeddings (batch, length, dim), and SDXL's pooled ones (batch, dim)."""
+    """Conditioning for the UNet: prompt embeddings (batch, length, dim), and SDXL's pooled ones (batch, dim)."""
 
     prompt_embeds: Optional[torch.Tensor]
     pooled_prompt_embeds: Optional[torch.Tensor] = None
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "_Condition":
-        """The same change made to all that there is."""
+        """Applies the same change to each of its tensors."""
         return _Condition(*(None if embeds is None else change(embeds) for embeds in vars(self).values()))
 
     def repeat(self, count: int) -> "_Condition":
@@ -1218,19 +1230,19 @@ class _Condition:
         return self.each(lambda embeds: embeds.repeat(count, *[1] * (embeds.ndim - 1)))
 
     def followed_by(self, other: "_Condition") -> "_Condition":
-        """Both batches as one."""
+        """Both batches, concatenated."""
         others = iter(vars(other).values())
         return self.each(lambda embeds: torch.cat([embeds, next(others)]))
 
 
 @dataclass
 class _Guidance:
-    """The prompts whose predictions are mixed, and their shares. Each stage makes one more change than the one before.
+    """The conditions whose predictions are mixed, and their shares. Each stage applies one more change than the last.
 
     Attributes:
-        stages: the prompts without a change, with the first of them, and so on to all of them.
-        shares: how much of each stage, with a sum of 1.
-        own: what describes the query.
+        stages: the prompts with no change, with the first, and so on up to all of them.
+        shares: weight of each stage; their sum is 1.
+        own: describes the query.
         baseline: what guidance leads away from.
     """
 
@@ -1241,29 +1253,29 @@ class _Guidance:
 
     def repeat(self, count: int) -> "_Guidance":
         """Each prompt `count` times in a row."""
-        repeated = {id(c): c.repeat(count) for c in (*self.stages, self.own, self.baseline)}  # the same stays the same
+        repeated = {id(c): c.repeat(count) for c in (*self.stages, self.own, self.baseline)}  # keeps identity
         stages = [repeated[id(stage)] for stage in self.stages]
         return _Guidance(stages, self.shares, repeated[id(self.own)], repeated[id(self.baseline)])
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the query's own prompt is all there is."""
+        """Whether there is nothing but the query's own prompt."""
         return len(self.stages) == 1 and self.stages[0] is self.own is self.baseline
 
     @property
     def lies_between(self) -> bool:
-        """Whether several stages have a share, and none is exaggerated."""
+        """Whether several stages have a share, and none is negative."""
         return max(self.shares) < 1 and min(self.shares) >= 0
 
     def apart(self) -> list["_Guidance"]:
-        """Each stage that has a share, by itself."""
+        """Each stage that has a share, as a guidance of its own."""
         parts = zip(self.shares, self.stages, strict=True)
         return [replace(self, stages=[stage], shares=[1.0]) for share, stage in parts if share]
 
     def weights(self, guidance_scale: float) -> list[tuple[float, _Condition]]:
-        """What to mix at a guidance scale, leaving out what has no share."""
+        """The weights and conditions to mix at a guidance scale, without those of weight 0."""
         mixed = [(guidance_scale * share, stage) for share, stage in zip(self.shares, self.stages, strict=True)]
-        if self.baseline is self.stages[0]:  # added up, since two calls of the UNet would only add rounding
+        if self.baseline is self.stages[0]:  # merged, since a second UNet call would only add rounding
             mixed[0] = (mixed[0][0] + 1 - guidance_scale, self.baseline)
         else:
             mixed.append((1 - guidance_scale, self.baseline))
@@ -1272,8 +1284,8 @@ class _Guidance:
 
 @dataclass(frozen=True)
 class _Way:
-    """One difference as it is applied: its rows (num_tokens, dim), the phrases of the prompt that they replace, and how far
-    to go, at least 0."""
+    """How one difference is applied: its rows (num_tokens, dim), the phrases of the prompt that they replace, and how
+    far to go, at least 0."""
 
     rows: torch.Tensor
     phrases: list[str]
@@ -1282,7 +1294,7 @@ class _Way:
 
 @dataclass(frozen=True)
 class Pair:
-    """Pictures before and after a change, as `as_pictures` gives them, with their prompts and, once they are encoded, their
+    """Pictures before and after a change, as `as_pictures` returns them, with their prompts and, once encoded, their
     latents (1, channels, height / factor, width / factor)."""
 
     before: Any
@@ -1294,7 +1306,7 @@ class Pair:
 
     @property
     def prompts(self) -> tuple[str, str]:
-        """What is said of the one before and of the one after."""
+        """The prompts of the picture before and the one after."""
         return self.before_prompt, self.after_prompt
 
     @property
@@ -1304,7 +1316,7 @@ class Pair:
 
     @property
     def weights(self) -> torch.Tensor:
-        """How much each place counts where the two are compared, (1, 1, height / factor, width / factor)."""
+        """How much each place counts when the two are compared, (1, 1, height / factor, width / factor)."""
         return change_weights(*self.latents)
 
 
@@ -1312,7 +1324,7 @@ class Pair:
 class _Draw:
     """Noises (samples, 4, h, w) and time steps (samples,), the same for both pictures of a pair.
 
-    `references` (2, samples) are the UNet's errors on A and A' without tokens, where a loss compares with them.
+    `references` (2, samples) are the UNet's errors on A and A' without tokens, for losses that compare with them.
     """
 
     noise: torch.Tensor
@@ -1320,18 +1332,18 @@ class _Draw:
     references: Optional[torch.Tensor] = None
 
     def part(self, indices: torch.Tensor) -> "_Draw":
-        """Some of the samples."""
+        """A subset of the samples."""
         references = None if self.references is None else self.references[:, indices]
         return _Draw(self.noise[indices], self.timesteps[indices], references)
 
 
 @dataclass
 class _Start:
-    """Where denoising begins, and what leads down from there.
+    """Where denoising starts, and what guides it from there.
 
-    `path` are the latents of the query itself before each step and after the last, (steps + 1, batch, ...), if there is a
-    query. `step_noises` (steps, batch, ...) are fixed noises: with them and the query's own prompt, denoising follows the
-    path. None if each step draws its own.
+    `path` holds the query's own latents before each step and after the last, (steps + 1, batch, ...), if there is a
+    query. `step_noises` (steps, batch, ...), if not None, are fixed: with them, denoising under its own prompt follows
+    the path.
     """
 
     latents: torch.Tensor
@@ -1343,47 +1355,47 @@ class _Start:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningConfig:
-    """How difference tokens are learned. Settings left at None get the values of `FROM_WORDS` for tokens that begin as words,
-    and of `FROM_ROWS` for others.
+    """How difference tokens are learned. None stands for the value in `FROM_WORDS` if they start as words, else in
+    `FROM_ROWS`.
 
     Args:
-        num_tokens (`int`, *optional*, defaults to 4): rows to learn, 1 to the text encoder's window less two. Tokens that
-            begin as words are no more than the words that were found, and no more than this.
-        num_optimization_steps (`int`, *optional*): optimizer steps; 0 learns nothing, and the tokens are what they begin
-            as. By default 8 for tokens that begin as words, and 60 for others.
-        learning_rate (`float`, *optional*): Adam's, at its highest; a cosine takes it to zero. By default 0.003 for tokens
-            that begin as words, and 0.02 for others.
-        alpha (`float`, *optional*, defaults to 0): 0 trusts the images' delta, 1 the captions' (equation 5). The paper has
-            0.8, which was no better here.
-        lambda_clip (`float`, *optional*, defaults to 0.5): weight of the CLIP loss (equation 10). At 0 no CLIP is needed.
-            The paper has 0.01, at which the CLIP loss hardly acted here.
+        num_tokens (`int`, *optional*, defaults to 4): rows to learn, from 1 to the text encoder's window minus 2. A
+            maximum for tokens that start as words: fewer may be found.
+        num_optimization_steps (`int`, *optional*): optimizer steps; 0 keeps the initial tokens. Defaults to 8 for
+            tokens that start as words, and to 60 for others.
+        learning_rate (`float`, *optional*): Adam's peak rate; a cosine schedule takes it to zero. Defaults to 0.003
+            for tokens that start as words, and to 0.02 for others.
+        alpha (`float`, *optional*, defaults to 0): 0 uses the images' delta, 1 the captions' (equation 5). The paper
+            uses 0.8, which was no better here.
+        lambda_clip (`float`, *optional*, defaults to 0.5): weight of the CLIP loss (equation 10). At 0 no CLIP is
+            needed. The paper uses 0.01, at which the CLIP loss had hardly any effect here.
         lambda_tc (`float`, *optional*, defaults to 6): weight of the token consistency loss (equation 10), or of the
             contrast in its place.
-        lambda_before (`float`, *optional*, defaults to 0): weight in token consistency of the way back, by the negated
-            tokens from A' to A (equation 8). The paper has 1; at 0 a step needs half the UNet's work.
-        lambda_contrast (`float`, *optional*, defaults to 1): with `objective="contrast"`, how much it costs that the tokens
+        lambda_before (`float`, *optional*, defaults to 0): weight of the reverse direction in token consistency:
+            negated tokens lead from A' to A (equation 8). The paper uses 1; 0 halves the UNet's work per step.
+        lambda_contrast (`float`, *optional*, defaults to 1): with `objective="contrast"`, the penalty if the tokens
             help A as well. At 1, what A and A' share earns nothing. Ours, not the paper's.
-        objective (`str`, *optional*): what the tokens are learned by. `"contrast"`, ours and the default for tokens that
-            begin as words: under the prompt that A and A' share, they must help A' and not A, where the two differ.
-            `"consistency"`, the paper's equations 7 to 9 and the default for others: under A's prompt they must help A'.
-            That also pays for whatever the prompt leaves out, so see `complete_prompts`.
-        init (`str`, *optional*, defaults to `"words"`): where the tokens begin. `"words"`, ours: as the words of which the
-            UNet says that they hold for A' and not for A. The prompts propose words, and so does CLIP, if there is one,
-            from its whole vocabulary; a word that only one caption happens to say is refused. What was lost is kept in the
-            metadata, as `lost_phrases`. Where no word is found, rows are random. `"random"`: spread as the vocabulary's
-            rows are. `"zeros"`: the paper's, section 4.4, which worked less well here.
-        projection (`str`, *optional*, defaults to `"soft"`): `"soft"` tokens may be any rows; `"hard"` ones are whole words
-            of the vocabulary at every forward pass, so that `difference.to_text(pipe.tokenizer)` is the difference as
-            plain text. Where `init` finds words there are no more of them than it found. They can hardly say that
+        objective (`str`, *optional*): the loss that tokens are learned with. `"contrast"`, ours and the default for
+            tokens that start as words: under the prompt that A and A' share, they must help A' and not A where these
+            differ. `"consistency"`, the paper's equations 7 to 9 and the default for others: under A's prompt, they
+            must help A'. This also rewards whatever the prompt leaves out; see `complete_prompts`.
+        init (`str`, *optional*, defaults to `"words"`): how the tokens start. `"words"`, ours: as words that hold for
+            A' and not for A, as judged by the UNet. Candidates come from the prompts and, if there is a CLIP, from its
+            whole vocabulary; a word that only one caption happens to mention is rejected. Lost words are stored in the
+            metadata as `lost_phrases`. If no word is found, rows are random. `"random"`: with the spread of the
+            vocabulary's rows. `"zeros"`: as in the paper, section 4.4; this worked less well here.
+        projection (`str`, *optional*, defaults to `"soft"`): `"soft"` tokens may be any rows. `"hard"` tokens are
+            whole words of the vocabulary at every forward pass, so that `difference.to_text(pipe.tokenizer)` is the
+            difference as plain text. If `init` finds words, they are the only tokens. Words can hardly say that
             something has gone.
-        num_samples_per_step (`int`, *optional*): noises and time steps drawn at each optimizer step, for each direction of
-            the loss. By default 2 for tokens that begin as words, and 4 for others.
-        complete_prompts (`bool`, *optional*, defaults to `True`): for tokens that do not begin as words, add words to the
-            prompts of A and of A' for what they leave unsaid, as a call of the pipeline does for a query; else the tokens
-            would have to say it. It needs a CLIP, and is left out without one. Ours, in place of the paper's PEZ prompts.
+        num_samples_per_step (`int`, *optional*): (noise, time step) pairs per optimizer step, for each direction of
+            the loss. Defaults to 2 for tokens that start as words, and to 4 for others.
+        complete_prompts (`bool`, *optional*, defaults to `True`): if the tokens do not start as words, add words to
+            the prompts of A and A' for what they leave out, as a call of the pipeline does for a query; otherwise the
+            tokens would have to say it. Skipped without a CLIP. Ours, in place of the paper's PEZ prompts.
 
     Raises:
-        ValueError: for a value out of its range, by name.
+        ValueError: if a value is out of range; the message names it.
     """
 
     num_tokens: int = 4
@@ -1411,7 +1423,7 @@ class LearningConfig:
             check_number(name, getattr(self, name), 0)
         if self.lambda_clip + self.lambda_tc == 0:
             raise ValueError(
-                "`lambda_clip` and `lambda_tc` are 0, and nothing would be learned; give one of them more."
+                "`lambda_clip` and `lambda_tc` are both 0, so nothing would be learned; set one of them higher."
             )
         if self.learning_rate is not None:
             check_number("learning_rate", self.learning_rate, above=0)
@@ -1421,29 +1433,29 @@ class LearningConfig:
         check_choice("complete_prompts", self.complete_prompts, True, False)
 
     def for_start(self, from_words: bool) -> "LearningConfig":
-        """With what was left to where tokens begin."""
+        """Fills in the settings that depend on how the tokens start."""
         defaults = FROM_WORDS if from_words else FROM_ROWS
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 class Learner:
-    """Difference tokens on their way: takes steps down equation 10, and keeps the best tokens of those that were judged.
+    """Optimises difference tokens by equation 10, and keeps the best of those that were evaluated.
 
-    The loss of a step says more about the noises and time steps that it happened to draw than about the tokens, so tokens
-    are judged on a fixed set of them. Of the models it has no more than these functions:
+    The loss of one step depends more on the noises and time steps it drew than on the tokens, so tokens are evaluated
+    on a fixed set of them. The learner reaches the models only through these functions:
 
-    - `predict(latents, prompts, rows, draw)`: the UNet's predictions for latents (images, channels, height, width), each with
-      its prompt and its rows (num_tokens, dim), and what they should be, both (images, samples, channels, height, width).
+    - `predict(latents, prompts, rows, draw)`: the UNet's predictions for latents (images, channels, height, width),
+      each with its prompt and rows (num_tokens, dim), and targets, both (images, samples, channels, height, width).
     - `clip_features(tokens)`: each CLIP's text embedding (dim,) of the tokens alone.
     - `draw(latents, samples, generator, jitter, stretch)`: noises and time steps for such latents.
 
     Args:
-        tokens: to begin with, (num_tokens, dim), in float32.
+        tokens: the initial tokens, (num_tokens, dim), in float32.
         pairs: what to learn from, with their latents.
-        deltas: what each CLIP's features are to point to, (dim,); none where the CLIP loss has no weight.
-        config: in which nothing is None.
-        vocabulary: the words that tokens must be, if they are to be words.
-        gradient_scale: by which losses are multiplied before their gradients are taken, and these divided after.
+        deltas: the target direction (dim,) of each CLIP's features; empty if the CLIP loss has no weight.
+        config: the settings, none of them None.
+        vocabulary: the allowed words, if tokens must be words.
+        gradient_scale: factor applied to losses before backward, and removed from the gradients after it.
     """
 
     def __init__(
@@ -1472,14 +1484,14 @@ class Learner:
         self.step, self.num_overflows = 0, 0
 
     def prepare(self, state: Optional[dict[str, Any]] = None) -> None:
-        """Goes on from a `state_dict`, or draws the noises and time steps that tokens are judged on."""
+        """Resumes from a `state_dict`, or draws the noises and time steps on which tokens are evaluated."""
         if state is not None:
             self.load_state_dict(state)
         else:
             self.probes = [self._probe(pair) for pair in self.pairs]
 
     def take_step(self) -> dict[str, float]:
-        """Moves the tokens, unless the loss or its gradient is not finite; returns the loss and its parts."""
+        """Takes a step, unless the loss or its gradient is not finite; returns the loss and its parts."""
         values = self._backward(*self._next_samples())
         if math.isfinite(values["loss"]):
             self.step += 1
@@ -1494,29 +1506,29 @@ class Learner:
 
     @property
     def is_to_judge(self) -> bool:
-        """Whether to judge the tokens now: at the end, and without a contrast after each quarter of the steps."""
+        """Whether to evaluate now: at the end, and without a contrast also after each quarter of the steps."""
         num_steps = self.config.num_optimization_steps
         every = num_steps if self.config.objective == "contrast" else num_steps // 4
         return self.step % max(1, every) == 0 or self.step == num_steps
 
     def judge(self) -> None:
-        """Puts the tokens as they are now among those that may be the best."""
+        """Evaluates the current tokens and adds them to the candidates for the best."""
         tokens = self.tokens.detach().clone()
         judged = zip(self.pairs, self.probes, strict=True)
         losses = [float(self.losses(tokens, pair, probe)["loss"]) for pair, probe in judged]
         self.candidates.append((sum(losses) / len(losses), tokens))
 
     def best(self) -> tuple[torch.Tensor, float]:
-        """The tokens of the lowest loss on the fixed noises and time steps, and that loss."""
+        """The tokens with the lowest loss on the fixed noises and time steps, and that loss."""
         loss, tokens = min(self.candidates, key=lambda candidate: candidate[0])
         return tokens, loss
 
     def used_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the models are given for tokens: words, if they are to be words."""
+        """The tokens as the models get them: projected to words, if they must be words."""
         return tokens if self.vocabulary is None else self.vocabulary.project(tokens)[0]
 
     def losses(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> dict[str, torch.Tensor]:
-        """Equation 10 and its two parts, of which the second may be the contrast; a part of weight zero is not computed."""
+        """Equation 10 and its two parts, the second of which may be the contrast; a part of weight 0 is skipped."""
         tokens, config, losses = self.used_tokens(tokens), self.config, {"loss": 0.0}
         if config.lambda_clip > 0:
             pointed = zip(self.clip_features(tokens), self.deltas, strict=True)
@@ -1535,13 +1547,13 @@ class Learner:
         return contrast_loss(gains[1], gains[0], self.config.lambda_contrast)
 
     def _contrast_errors(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
-        """The UNet's errors on A and on A' (2, samples), where they differ, under the same prompt and tokens."""
+        """The UNet's errors on A and A' (2, samples), weighted by change, under the same prompt and tokens."""
         prompts = [shared_prompt(*pair.prompts)] * 2
         prediction, target = self.predict(torch.cat(pair.latents), prompts, tokens.expand(2, -1, -1), draw)
         return weighted_errors(prediction, target, pair.weights)
 
     def _token_consistency_loss(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
-        """Equations 7 to 9. The prompts are crossed: A's with +D draws A', and that of A' with -D draws A."""
+        """Equations 7 to 9. The prompts are crossed: A's prompt with +D draws A', and that of A' with -D draws A."""
         prompts, latents, rows = [pair.before_prompt], pair.after_latents, tokens[None]
         if self.config.lambda_before > 0:
             prompts = [*prompts, pair.after_prompt]
@@ -1550,31 +1562,31 @@ class Learner:
         return token_consistency_loss(*self.predict(latents, prompts, rows, draw), self.config.lambda_before)
 
     def _probe(self, pair: Pair) -> _Draw:
-        """Fixed noises and time steps to judge tokens on, and for the contrast to learn them on."""
+        """Fixed noises and time steps on which tokens are evaluated, and for the contrast also learned."""
         if self.config.objective != "contrast":
             return self.draw(pair.before_latents, NUM_PROBE_SAMPLES, self.generator, jitter=False)
         draw = self.draw(pair.before_latents, NUM_PROBE_SAMPLES, self.generator, False, CONTRAST_TIMESTEPS)
         return replace(draw, references=self._contrast_errors(self.tokens.detach()[:0], pair, draw))
 
     def _next_samples(self) -> tuple[Pair, _Draw]:
-        """The pair whose turn it is, with the noises and time steps of this step."""
+        """The next pair in turn, with this step's noises and time steps."""
         turn, which = divmod(self.step, len(self.pairs))
         pair, probe, samples = self.pairs[which], self.probes[which], self.config.num_samples_per_step
         if self.config.objective != "contrast":
             return pair, self.draw(pair.before_latents, samples, self.generator)
-        # Of the fixed samples, whose references are known.
+        # Taken from the fixed samples, whose references are known.
         return pair, probe.part(self.samples_of_turn(turn, samples, len(probe.timesteps)))
 
     @staticmethod
     def samples_of_turn(turn: int, samples: int, total: int) -> torch.Tensor:
-        """Which of all samples a step takes: far apart in time, and others from turn to turn, until all have had theirs."""
+        """Indices of one step's samples: far apart in time, and shifted at each turn so that all are used."""
         samples = min(samples, total)
         return ((torch.arange(samples) * total // samples + turn) % total).sort().values
 
     def _backward(self, pair: Pair, draw: _Draw) -> dict[str, float]:
-        """Leaves the gradient of equation 10, times its scale, in `tokens.grad`; returns the loss and its parts.
+        """Stores the gradient of equation 10, scaled, in `tokens.grad`; returns the loss and its parts.
 
-        Samples go through the UNet a few at a time, which gives the same gradient in less memory.
+        Samples go through the UNet a few at a time, which gives the same gradient with less memory.
         """
         config, total, values = self.config, len(draw.timesteps), {}
         both_pictures = config.objective == "contrast" or config.lambda_before > 0
@@ -1589,7 +1601,7 @@ class Learner:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, in tensors and plain values, which `torch.load(..., weights_only=True)` reads."""
+        """All that the next step depends on, as plain values that `torch.load(..., weights_only=True)` can read."""
         return {
             "tokens": self.tokens.detach(),
             "optimizer": self.optimizer.state_dict(),
@@ -1601,7 +1613,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes learning, and the generator, back to where `state_dict` was asked."""
+        """Restores the state of learning, and the generator, from a `state_dict`."""
         device = self.tokens.device
         self.tokens.detach().copy_(state["tokens"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1618,13 +1630,13 @@ class Learner:
 
 @dataclass
 class _Checkpoint:
-    """A file that holds where learning stands, every so many steps, so that the same call goes on from there.
+    """A file with the state of learning, written every few steps, from which the same call can resume.
 
     Attributes:
         path: of the file.
-        every: steps.
-        call: a hash of what is learned from and how, by which the same call is known again.
-        state: what an earlier call left in the file; empty if there is none.
+        every: optimizer steps between writes.
+        call: a hash of the data and settings, which identifies the call.
+        state: what an earlier call wrote; empty if there was none.
     """
 
     path: Path
@@ -1637,18 +1649,18 @@ class _Checkpoint:
             return
         try:
             self.state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has no type of its own for a file that it cannot read
+        except Exception as error:  # torch has no exception type of its own for unreadable files
             raise ValueError(
                 f"`checkpoint`: {str(self.path)!r} is no checkpoint of learning, or is damaged. Give another path."
             ) from error
         if not isinstance(self.state, dict) or self.state.get("call") != self.call or "learner" not in self.state:
             raise ValueError(
-                f"`checkpoint`: {str(self.path)!r} is of another call, with other pictures, prompts, settings, model or "
-                "seed, or of another version of this file. Give another path, or delete it."
+                f"`checkpoint`: {str(self.path)!r} is of another call, with other pictures, prompts, settings, model "
+                "or seed, or of another version of this file. Give another path, or delete it."
             )
 
     def write(self, learner: Learner) -> None:
-        """Puts this in the place of what the file held."""
+        """Replaces the contents of the file."""
         with replacing(self.path) as temporary:
             torch.save({**self.state, "call": self.call, "learner": learner.state_dict()}, temporary)
 
@@ -1667,29 +1679,28 @@ class DifferenceInversionPipeline(
     Learns what changed between two images and applies it to others, with an unmodified Stable Diffusion model.
 
     LoRAs, textual inversions and single-file checkpoints are loaded by diffusers' own methods: [`load_lora_weights`],
-    [`load_textual_inversion`] and [`from_single_file`]. What is loaded counts while learning too.
+    [`load_textual_inversion`] and [`from_single_file`]. They are active during learning too.
 
-    All components are named, None where there is none: diffusers' loaders take one that has a default for a setting, and
-    prefer the folder's to the one that they are given.
+    All components are required, None if absent: diffusers' loaders take an argument with a default for a setting, and
+    prefer the folder's component to the one they are given.
 
     Args:
-        vae ([`AutoencoderKL`]): between images and latents.
+        vae ([`AutoencoderKL`]): encodes images to latents, and decodes them.
         text_encoder ([`~transformers.CLIPTextModel`]): the base model's text encoder.
         tokenizer ([`~transformers.CLIPTokenizer`]): its tokenizer.
         unet ([`UNet2DConditionModel`]): denoises latents; predicts noise or velocity.
-        scheduler ([`SchedulerMixin`]): draws from noise. Queries are inverted and redrawn by DDIM schedulers made from
-            its configuration, which is all that they use of it.
+        scheduler ([`SchedulerMixin`]): used to draw from noise. Queries are inverted and redrawn by DDIM, with its
+            configuration.
         clip ([`~transformers.CLIPModel`], *optional*): the full CLIP of the text encoder, for learning with a CLIP
-            loss. Applying a difference does without.
+            loss. Not needed to apply a difference.
         clip_processor ([`~transformers.CLIPProcessor`], *optional*): prepares images for `clip` and `clip_2`.
-        captioner ([`~transformers.BlipForConditionalGeneration`], *optional*): writes the prompts that are not given.
+        captioner ([`~transformers.BlipForConditionalGeneration`], *optional*): writes prompts that are not given.
         captioner_processor ([`~transformers.BlipProcessor`], *optional*): prepares images for `captioner`.
         text_encoder_2 ([`~transformers.CLIPTextModelWithProjection`], *optional*): SDXL's second text encoder.
         tokenizer_2 ([`~transformers.CLIPTokenizer`], *optional*): its tokenizer.
-        clip_2 ([`~transformers.CLIPModel`], *optional*): its full CLIP. Of `clip` and `clip_2` SDXL learns with either or
-            both.
-        force_zeros_for_empty_prompt (`bool`): SDXL's: without a `negative_prompt`, text to image is guided away from
-            embeddings of zero.
+        clip_2 ([`~transformers.CLIPModel`], *optional*): its full CLIP. SDXL can learn with `clip`, `clip_2` or both.
+        force_zeros_for_empty_prompt (`bool`): SDXL's: text to image without a `negative_prompt` is guided away from
+            zeros.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
@@ -1703,7 +1714,7 @@ class DifferenceInversionPipeline(
         "clip_2",
     ]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    _once: Optional[dict[str, Any]] = None  # what the running call has found; None between calls
+    _once: Optional[dict[str, Any]] = None  # cache of the running call; None between calls
 
     def __init__(
         self,
@@ -1747,27 +1758,27 @@ class DifferenceInversionPipeline(
             pooled = ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
             self._callback_tensor_inputs = [*self._callback_tensor_inputs, *pooled]
         self._interrupt, self._stopped = False, False
-        # What a call learned that did not end: Ctrl-C ended it while it learned, or anything while it drew.
+        # Learned by a call that did not finish: Ctrl-C stopped it while learning, or anything while denoising.
         self.interrupted_difference: Optional[DifferenceTokens] = None
 
     @property
     def guidance_scale(self) -> float:
-        """How far the running call goes from the baseline's prediction to the changed one; callbacks may read it."""
+        """How far the running call goes from the baseline's prediction to the changed one, for callbacks."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of the running call, which `strength` makes fewer than `num_inference_steps`."""
+        """Denoising steps of the running call; a `strength` below 1 makes them fewer than `num_inference_steps`."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """True once a callback has set `pipe._interrupt`: the running loop ends after its step."""
+        """True once a callback has set `pipe._interrupt`; the running loop then ends after its step."""
         return self._interrupt
 
     @property
     def _encoders(self) -> list[_Encoder]:
-        """The text encoders: SDXL has two, whose tokens are held side by side in one matrix."""
+        """The text encoders. SDXL has two, whose tokens are held side by side in one matrix."""
         first = (self.tokenizer, self.text_encoder, self.clip, "clip")
         if self.text_encoder_2 is None:
             return [_Encoder(DEFAULT_TOKEN, *first)]
@@ -1775,7 +1786,7 @@ class DifferenceInversionPipeline(
         return [_Encoder(token, *parts) for token, parts in zip(TWO_ENCODER_TOKENS, (first, second), strict=True)]
 
     def _found_once(self, name: str, find: Callable[[], Any]) -> Any:
-        """What `find` gives, which during a call is asked once."""
+        """The result of `find`, cached during a call."""
         if self._once is None:
             return find()
         if name not in self._once:
@@ -1784,12 +1795,12 @@ class DifferenceInversionPipeline(
 
     @property
     def _execution_device(self) -> torch.device:
-        """Diffusers' own, which looks through all modules each time: a twentieth of an analogy on Storybook."""
+        """Diffusers' own, cached: its search of all modules took a twentieth of an analogy on Storybook."""
         return self._found_once("device", partial(DiffusionPipeline._execution_device.fget, self))
 
     @property
     def _training_schedule(self) -> DDPMScheduler:
-        """How the model's training added noise; the user's scheduler may do it by a convention of its own."""
+        """How noise was added in the model's training; the user's scheduler may follow another convention."""
         return self._found_once("schedule", partial(DDPMScheduler.from_config, self.scheduler.config))
 
     def _models(self) -> list[torch.nn.Module]:
@@ -1798,8 +1809,8 @@ class DifferenceInversionPipeline(
     def _make_room(self, *models: torch.nn.Module) -> None:
         """Under `enable_model_cpu_offload`, keeps only these models on the device.
 
-        Its hooks act on `forward` alone, and once in a fixed order; here models take turns, and some are called by other
-        methods.
+        Diffusers' hooks act only on `forward`, once and in a fixed order. Here models alternate, and some use
+        other methods.
         """
         hooks = getattr(self, "_all_hooks", [])
         for hook in hooks:
@@ -1810,8 +1821,8 @@ class DifferenceInversionPipeline(
                 hook.model.to(self._execution_device)
 
     def enable_group_offload(self, *arguments, **options) -> None:
-        """Diffusers' own; in blocks CLIP and the captioner stay on the device, since a block is fetched by a model's
-        `forward`, and these are called by other methods."""
+        """Diffusers' own, but by blocks CLIP and the captioner stay on the device: only a model's `forward` fetches
+        its blocks, and these models are called by other methods."""
         bound = inspect.signature(super().enable_group_offload).bind(*arguments, **options)
         bound.apply_defaults()
         given = bound.arguments
@@ -1823,8 +1834,8 @@ class DifferenceInversionPipeline(
 
     @contextmanager
     def _weights_kept(self) -> Iterator[None]:
-        """While open, backward finds the weights that forward saw, though diffusers' hooks put others in their place: those
-        of group offloading and of layerwise casting."""
+        """While open, backward uses the weights that forward saw, although diffusers' hooks for group offloading and
+        layerwise casting replace them in between."""
         if not any(hasattr(module, "_diffusers_hook") for model in self._models() for module in model.modules()):
             yield
             return
@@ -1832,8 +1843,8 @@ class DifferenceInversionPipeline(
             yield
 
     def _without_graph(self, function: Callable, *inputs: Any) -> Any:
-        """A function of models that have left the device when backward needs them: where models are moved, it is called
-        again then."""
+        """Calls a function whose models may have left the device by the backward pass: under CPU offload it is
+        recomputed."""
         if torch.is_grad_enabled() and getattr(self, "_all_hooks", []):
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -1842,10 +1853,11 @@ class DifferenceInversionPipeline(
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options) -> "DifferenceInversionPipeline":
-        """Makes this pipeline of another one's components, which the two then share, and of others that are given.
+        """Builds this pipeline from another one's components, which both then share, and from those in `options`.
 
-        Unlike in diffusers' own, weights keep their type unless a `dtype` is given. `DiffusionPipeline.from_pipe(...,
-        custom_pipeline=...)` does not come here, and wants all optional components, None where there is none.
+        Unlike diffusers' own, it keeps the dtype of the weights unless a `dtype` is given.
+        `DiffusionPipeline.from_pipe(..., custom_pipeline=...)` does not call this method, and requires every optional
+        component, None if absent.
         """
         dtype = options.pop("dtype", options.pop("torch_dtype", None))
         names = cls._get_signature_keys(cls)[0]
@@ -1859,37 +1871,37 @@ class DifferenceInversionPipeline(
         if "force_zeros_for_empty_prompt" in settings:
             parts.setdefault("force_zeros_for_empty_prompt", settings["force_zeros_for_empty_prompt"])
         built = cls(**dict.fromkeys(cls._optional_components) | parts)
-        # Others' settings are kept under names that begin with "_", for the way back, as by diffusers' own.
+        # As in diffusers, settings that are not ours are kept under names with a leading "_", for the way back.
         built.register_to_config(**{f"_{name}": value for name, value in settings.items() if name not in built.config})
         if dtype is not None:
             built.to(dtype=dtype)
         if getattr(pipeline, "_all_hooks", []):
             built.enable_model_cpu_offload(device=pipeline._offload_device)
-        elif not isinstance(pipeline.hf_device_map, dict):  # but None, or the name of one device
-            for part in options.values():  # which may still be where they were loaded
+        elif not isinstance(pipeline.hf_device_map, dict):  # None, or the name of one device
+            for part in options.values():  # these may still be where they were loaded
                 if isinstance(part, torch.nn.Module) and getattr(part, "hf_device_map", None) is None:
                     part.to(pipeline._execution_device)
         return built
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **options) -> None:
-        """Diffusers' own, which is asked to load into a second text encoder too where there is none."""
+        """Diffusers' own, which is also called for a second text encoder that does not exist."""
         if text_encoder is not None:
             super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **options)
 
     def _check_model(self) -> None:
-        """Raises `ValueError` for a base model that this pipeline cannot tell what to draw."""
+        """Raises `ValueError` for a base model that this pipeline does not support."""
         for name in ("unet", "vae"):
             if getattr(self, name) is None:
-                raise ValueError(f"`{name}` is missing: without it prompts can be encoded, and nothing else.")
+                raise ValueError(f"`{name}` is missing: without it, only prompts can be encoded.")
         channels, latent_channels = self.unet.config.in_channels, self.vae.config.latent_channels
         if channels != latent_channels:
             raise ValueError(
-                f"`unet` has {channels} input channels for latents of {latent_channels}: it is one for inpainting or for "
-                "instructions, and an ordinary Stable Diffusion is what to load."
+                f"`unet` has {channels} input channels for latents of {latent_channels}: it is made for inpainting or "
+                "instructions. Load an ordinary Stable Diffusion."
             )
         if self.text_encoder is None:
-            raise ValueError("`text_encoder` is missing; SDXL's refiner has none, and its base model is what to load.")
+            raise ValueError("`text_encoder` is missing. If this is SDXL's refiner, load its base model instead.")
         is_xl = self.unet.config.get("addition_embed_type") == "text_time"
         if is_xl and None in (self.text_encoder_2, self.tokenizer_2):
             raise ValueError("`text_encoder_2` or `tokenizer_2` is missing: SDXL's UNet needs both text encoders.")
@@ -1899,28 +1911,28 @@ class DifferenceInversionPipeline(
         known = prediction_type in ("epsilon", "v_prediction", "sample")
         if "beta_schedule" not in self.scheduler.config or not known:
             raise ValueError(
-                f"`scheduler` is {type(self.scheduler).__name__} with prediction_type {prediction_type!r}: this pipeline "
-                "is for models that were trained to predict noise, velocity or latents on a schedule of betas, as "
-                "Stable Diffusion 1.x, 2.x and SDXL were."
+                f"`scheduler` is {type(self.scheduler).__name__} with prediction_type {prediction_type!r}: this "
+                "pipeline is for models that were trained to predict noise, velocity or latents on a schedule of "
+                "betas, as Stable Diffusion 1.x, 2.x and SDXL were."
             )
 
     def _check_unet(self) -> None:
-        """Raises `ValueError` for a UNet that wants to be told more than a prompt, or to be told it in another width."""
+        """Raises `ValueError` for a UNet that needs more conditioning than a prompt, or prompts of another width."""
         if isinstance(self.unet, ModelMixin) and not isinstance(self.unet, UNet2DConditionModel):
             raise ValueError(f"`unet` is a {type(self.unet).__name__}, and a UNet2DConditionModel is what to load.")
         config, width = self.unet.config, sum(encoder.width for encoder in self._encoders)
         wants = {
             "out_channels": (config.out_channels, config.in_channels, "it predicts more than noise"),
-            "time_cond_proj_dim": (config.time_cond_proj_dim, None, "it was distilled, and is told a guidance scale"),
+            "time_cond_proj_dim": (config.time_cond_proj_dim, None, "it was distilled, and takes a guidance scale"),
             "class_embed_type": (
                 config.class_embed_type,
                 None,
-                "it is told a class or a noise level, as upscalers are",
+                "it takes a class or a noise level, as upscalers do",
             ),
             "num_class_embeds": (
                 config.num_class_embeds,
                 None,
-                "it is told a class or a noise level, as upscalers are",
+                "it takes a class or a noise level, as upscalers do",
             ),
         }
         for name, (value, needed, meaning) in wants.items():
@@ -1928,12 +1940,12 @@ class DifferenceInversionPipeline(
                 raise ValueError(f"`unet` has {name} {value!r}: {meaning}. Load an ordinary Stable Diffusion.")
         if config.addition_embed_type not in (None, "text_time"):
             raise ValueError(
-                f"`unet` has addition_embed_type {config.addition_embed_type!r}, which neither Stable Diffusion nor SDXL "
-                "has. Load one of these."
+                f"`unet` has addition_embed_type {config.addition_embed_type!r}, which neither Stable Diffusion nor "
+                "SDXL has. Load one of these."
             )
         if config.encoder_hid_dim_type not in (None, "text_proj"):
             raise ValueError(
-                f"`unet` has encoder_hid_dim_type {config.encoder_hid_dim_type!r}: it is told of pictures too. If an "
+                f"`unet` has encoder_hid_dim_type {config.encoder_hid_dim_type!r}: it also takes images. If an "
                 "IP-Adapter was loaded, call `unload_ip_adapter()` of the pipeline that loaded it."
             )
         expected = config.encoder_hid_dim or config.cross_attention_dim
@@ -1944,21 +1956,21 @@ class DifferenceInversionPipeline(
             given = 6 * config.addition_time_embed_dim + self.text_encoder_2.config.projection_dim
             if given != expected:
                 raise ValueError(
-                    f"`unet` is told of a picture in {expected} numbers, and SDXL's base model in {given}: its refiner "
-                    "has fewer. Load the base model."
+                    f"`unet` is told of a picture in {expected} numbers, and SDXL's base model in {given}: its "
+                    "refiner has fewer. Load the base model."
                 )
 
     def _check_tokenizers(self) -> None:
-        """Raises `ValueError` for a tokenizer whose window is not one that its text encoder has places for."""
+        """Raises `ValueError` for a tokenizer whose window exceeds its text encoder's, or that cannot pad."""
         for encoder, name in zip(self._encoders, ("tokenizer", "tokenizer_2"), strict=False):
             most = encoder.model.config.max_position_embeddings
             if encoder.tokenizer.model_max_length > most:
                 raise ValueError(
-                    f"`{name}` has model_max_length {encoder.tokenizer.model_max_length}, and its text encoder has {most} "
-                    f"places. Set `pipe.{name}.model_max_length = {most}`."
+                    f"`{name}` has model_max_length {encoder.tokenizer.model_max_length}, but its text encoder has "
+                    f"only {most} positions. Set `pipe.{name}.model_max_length = {most}`."
                 )
             if encoder.tokenizer.pad_token_id is None:
-                raise ValueError(f"`{name}` has no pad_token. Set `pipe.{name}.pad_token`, mostly to its eos_token.")
+                raise ValueError(f"`{name}` has no pad_token. Set `pipe.{name}.pad_token`, usually to its eos_token.")
 
     def check_learning_inputs(
         self,
@@ -1971,12 +1983,12 @@ class DifferenceInversionPipeline(
         height: Optional[int] = None,
         width: Optional[int] = None,
     ) -> None:
-        """Raises `ValueError` or `TypeError`, naming the argument, for anything that learning could not use.
+        """Raises `ValueError` or `TypeError`, naming the argument, if learning cannot use it.
 
-        `befores` and `afters` are what `as_pictures` gives.
+        `befores` and `afters` are results of `as_pictures`.
         """
         self._check_model()
-        check_gradients("before", "and `after` are to be learned from by gradients")
+        check_gradients("before", "and `after` are learned from by gradients")
         if not befores or not afters:
             missing = "after" if befores else "before"
             raise ValueError(
@@ -2007,7 +2019,7 @@ class DifferenceInversionPipeline(
         if not present or self.clip_processor is None:
             name = "clip_processor" if present else "clip"
             raise ValueError(
-                f"`{name}` is missing: learning compares the images by CLIP. For this base model give "
+                f"`{name}` is missing: learning compares the images with CLIP. For this base model give "
                 f"{' or '.join(remedies.values())} and `clip_processor=`, its `CLIPProcessor`, to "
                 f"`from_pretrained`, or {way_out}."
             )
@@ -2031,7 +2043,7 @@ class DifferenceInversionPipeline(
                 f"`{name}` is missing, and there is no captioner to write it: give `{name}`, or load"
             )
         elif not all(isinstance(prompt, str) for prompt in as_list(prompts)):
-            raise TypeError(f"`{name}` must be a string or a list of strings, and is {prompts!r}.")
+            raise TypeError(f"`{name}` must be a string or a list of strings, but is {prompts!r}.")
         elif len(as_list(prompts)) not in (1, count):
             raise ValueError(f"`{name}` has {len(as_list(prompts))} prompts for {count} images; give one for each.")
 
@@ -2056,9 +2068,9 @@ class DifferenceInversionPipeline(
         output_type,
         callback_on_step_end_tensor_inputs,
     ) -> None:
-        """Raises `ValueError` or `TypeError`, naming the argument, for anything that drawing could not use.
+        """Raises `ValueError` or `TypeError`, naming the argument, if drawing cannot use it.
 
-        `images` are what `as_pictures` gives; the rest are arguments of a call.
+        `images` is a result of `as_pictures`; the rest are arguments of a call.
         """
         self._check_model()
         if not images and prompt is None:
@@ -2077,7 +2089,7 @@ class DifferenceInversionPipeline(
             if prompts is not None:
                 self._check_prompts(name, prompts, count)
         if source_prompt is not None and not images:
-            raise ValueError("`source_prompt` describes a query image, and `image` is missing.")
+            raise ValueError("`source_prompt` describes a query image, but `image` is missing.")
         most_steps = self.scheduler.config.num_train_timesteps - 1
         check_number("num_inference_steps", num_inference_steps, 1, most_steps, whole=True)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
@@ -2090,7 +2102,7 @@ class DifferenceInversionPipeline(
         check_choice("inversion", inversion, "ddpm", "ddim", "sdedit", None)
         if eta is not None and eta < LEAST_DDPM_ETA and inversion == "ddpm" and images:
             raise ValueError(
-                f'`eta` is {eta}, and the query is held by the noises of `inversion="ddpm"`; give at least '
+                f'`eta` is {eta}, but `inversion="ddpm"` keeps the query in its noises; give at least '
                 f'{LEAST_DDPM_ETA}, or `inversion="ddim"`.'
             )
         inverted = inversion is not None and bool(images)
@@ -2111,9 +2123,9 @@ class DifferenceInversionPipeline(
         generator,
         asked: dict,
     ) -> dict[str, Any]:
-        """A call's `learning_kwargs`, checked, as keywords of [`invert_difference`], with the `asked` prompts and size."""
+        """Checks a call's `learning_kwargs`; returns the keywords for [`invert_difference`]."""
         if not isinstance(given, (dict, type(None))):
-            raise TypeError(f"`learning_kwargs` must be a dictionary, and is a {type(given).__name__}.")
+            raise TypeError(f"`learning_kwargs` must be a dictionary, but is a {type(given).__name__}.")
         own = ("callback_on_optimization_step", "checkpoint", "checkpointing_steps")
         settings, given = [setting.name for setting in fields(LearningConfig)], given or {}
         unknown = [name for name in given if name not in (*own, *settings)]
@@ -2124,7 +2136,7 @@ class DifferenceInversionPipeline(
         if befores or afters:
             self.check_learning_inputs(befores, afters, config, **asked)
             kept = {name: given[name] for name in own[1:] if name in given}
-            # Here only to refuse another call's file early.
+            # Opened here only to refuse another call's file early.
             self._open_checkpoint(befores, afters, config, generator=first_of(generator), **asked, **kept)
         elif given:
             logger.warning("`learning_kwargs` has no effect without a pair, `before` and `after`, to learn from.")
@@ -2133,9 +2145,9 @@ class DifferenceInversionPipeline(
     def _differences_to_apply(
         self, difference, difference_scale, negative_difference, *, learns: bool, by_words_alone: bool
     ) -> tuple[list[tuple[DifferenceTokens, float]], list[tuple[DifferenceTokens, float]]]:
-        """The differences that a call is given, and the negative ones, with their scales.
+        """The differences that a call is given, and the negative ones, each with its scale.
 
-        Raises `ValueError` unless there is one thing to apply, and one scale for each of several.
+        Raises `ValueError` if there is nothing to apply or too much, or if scales do not match differences.
         """
         if difference is None and negative_difference is None and not learns and not by_words_alone:
             raise ValueError(
@@ -2143,7 +2155,7 @@ class DifferenceInversionPipeline(
                 "`before` and `after` to learn it from."
             )
         if difference is not None and learns:
-            raise ValueError("`difference` is given, and so is a pair to learn one from; leave out one of the two.")
+            raise ValueError("`difference` is given, and so is a pair to learn one from; give only one of the two.")
         several = isinstance(difference_scale, (list, tuple))
         for scale in difference_scale if several else [difference_scale]:
             check_number("difference_scale", scale)
@@ -2166,7 +2178,7 @@ class DifferenceInversionPipeline(
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} images.")
         if latents is not None and inverted:
-            raise ValueError("`latents` were given and `image` would be inverted to others; set `inversion=None`.")
+            raise ValueError("`latents` are given, but `image` would be inverted to others; set `inversion=None`.")
         shape = self._latents_shape(batch_size, size)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}, and {shape} is needed.")
@@ -2175,7 +2187,7 @@ class DifferenceInversionPipeline(
     def _check_generator(generator) -> None:
         for given in generator if isinstance(generator, list) else [generator]:
             if not isinstance(given, (torch.Generator, type(None))):
-                raise TypeError(f"`generator` must be a torch.Generator or a list of them, and holds {given!r}.")
+                raise TypeError(f"`generator` must be a torch.Generator or a list of them, but holds {given!r}.")
 
     def _check_mask(self, mask_image, images: list, inversion: Optional[str]) -> None:
         if not images or inversion is None:
@@ -2193,20 +2205,20 @@ class DifferenceInversionPipeline(
             )
 
     def load_difference(self, path_or_repo_id: Union[str, os.PathLike], **options) -> DifferenceTokens:
-        """Reads a difference from a file, a folder or a repository of the Hub, and sees that it fits this model.
+        """Reads a difference from a file, a folder or a repository of the Hub, and checks that it fits this model.
 
         Args:
             path_or_repo_id: and all else: see [`DifferenceTokens.from_pretrained`].
 
         Raises:
-            FileNotFoundError, OSError, ValueError: as it does, and if the difference is for another base model.
+            FileNotFoundError, OSError, ValueError: as there, and if the difference is for another base model.
         """
         return self._check_difference(DifferenceTokens.from_pretrained(path_or_repo_id, **options), "difference")
 
     def _resolve_difference(
         self, difference: Any, difference_scale: Union[float, Sequence[float]], name: str = "difference"
     ) -> list[tuple[DifferenceTokens, float]]:
-        """Files, tokens, or several of them, as tokens that fit this model, each with its scale."""
+        """A difference, a file, or a list of them, as tokens that fit this model, each with its scale."""
         given = list(difference) if isinstance(difference, (list, tuple)) else [difference]
         if not given:
             raise ValueError(f"`{name}` is an empty list; give at least one difference, or leave it out.")
@@ -2218,7 +2230,7 @@ class DifferenceInversionPipeline(
         return [(d, float(scale)) for d, scale in zip(checked, scales, strict=True)]
 
     def _room(self) -> int:
-        """How many difference tokens there is room for, beside a start and an end."""
+        """How many difference tokens fit next to a start and an end token."""
         return min(encoder.tokenizer.model_max_length for encoder in self._encoders) - 2
 
     def _check_difference(self, difference: Any, name: str) -> DifferenceTokens:
@@ -2228,11 +2240,11 @@ class DifferenceInversionPipeline(
                 difference = (DifferenceTokens.from_pretrained if folder else DifferenceTokens.load)(difference)
             except (FileNotFoundError, ValueError) as error:
                 raise type(error)(str(error).replace("`difference`", f"`{name}`", 1)) from error
-        # Not isinstance: a module loaded twice, as custom pipelines are, has two classes of this name.
+        # Not isinstance: custom pipelines may load this module twice, which makes two classes of this name.
         if not (hasattr(difference, "embeddings") and hasattr(difference, "metadata")):
             raise TypeError(
                 f"`{name}` must be DifferenceTokens, the path of a difference file, or a list of them, "
-                f"and is a {type(difference).__name__}."
+                f"but is a {type(difference).__name__}."
             )
         embeddings = dict(difference.embeddings)
         _check_embeddings(embeddings, "the given tokens", name)
@@ -2255,15 +2267,15 @@ class DifferenceInversionPipeline(
         learned_on = difference.metadata.get("embedding_fingerprint")
         if learned_on and self._fingerprint() not in ("", learned_on):
             logger.warning(
-                "`%s` was learned on another base model (%s) of the same size; it may still work, as fine-tuned models "
-                "share their embedding space.",
+                "`%s` was learned on another base model (%s) of the same size; it may still work, since fine-tuned "
+                "models share their embedding space.",
                 name,
                 difference.metadata.get("base_model") or "not named",
             )
         return DifferenceTokens(embeddings, dict(difference.metadata))
 
     def _fingerprint(self) -> str:
-        """Which base model's embeddings these are; nothing in bfloat16, whose rounding makes it another."""
+        """Identifies the base model's embeddings; empty in bfloat16, whose rounding would change the hash."""
         if any(encoder.model.dtype == torch.bfloat16 for encoder in self._encoders):
             return ""
         return " ".join(embedding_fingerprint(e.model, e.tokenizer.vocab_size) for e in self._encoders)
@@ -2271,7 +2283,7 @@ class DifferenceInversionPipeline(
     # -------------------------------------------------------------------------------------------------- prompts
 
     def _write_prompts(self, *groups: tuple[list, Any]) -> list[list[str]]:
-        """The prompts of groups of images, one each: those that are given, and captions of all the others at once."""
+        """A prompt for each image of each group: given ones, and captions for all the others in one batch."""
         pictures = [image for images, prompts in groups if prompts is None for image in images]
         written = iter(self.caption(pictures) if pictures else [])
         return [
@@ -2284,9 +2296,9 @@ class DifferenceInversionPipeline(
         return prompts * count if len(prompts) == 1 else prompts
 
     def _rows(self, difference: Optional[DifferenceTokens]) -> torch.Tensor:
-        """A difference's rows (num_tokens, dim) in float32; none where there is no difference.
+        """A difference's rows (num_tokens, dim) in float32; no rows for None.
 
-        Those of two text encoders are side by side, so that dim is the sum of their widths.
+        Those of two text encoders are side by side, so dim is the sum of their widths.
         """
         if difference is None:
             return torch.zeros(0, sum(e.width for e in self._encoders), device=self._execution_device)
@@ -2310,10 +2322,10 @@ class DifferenceInversionPipeline(
         """Describes images with the captioner, one string each.
 
         Args:
-            images: PIL images, float arrays (height, width, 3) or tensors (3, height, width) as the pipeline takes.
-            question: what a captioner that converses is asked, by default for one sentence; others, such as BLIP, take it
-                as the beginning of their answer.
-            max_new_tokens: the most tokens of an answer.
+            images: PIL images, float arrays (height, width, 3) or tensors (3, height, width), as the pipeline takes.
+            question: the question for a chat captioner; by default it asks for one sentence. Others, such as BLIP,
+                start their answer with it.
+            max_new_tokens: maximum length of an answer.
         """
         self._check_captioner()
         pictures = [self._to_pil(image) for image in as_pictures(images, "images")]
@@ -2322,7 +2334,7 @@ class DifferenceInversionPipeline(
             if not getattr(processor, "chat_template", None):
                 text = {} if question is None else {"text": [question] * len(pictures)}
                 return self._generated(processor(images=pictures, **text, return_tensors="pt"), max_new_tokens)
-            captions = []  # one by one: answers begin where questions end, and pictures take more or less room
+            captions = []  # one by one: pictures differ in token count, so answers start at different places
             for picture in pictures:
                 content = [{"type": "image", "image": picture}, {"type": "text", "text": question or QUESTION}]
                 options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -2333,7 +2345,7 @@ class DifferenceInversionPipeline(
         return captions
 
     def _generated(self, inputs: Any, max_new_tokens: int, start: int = 0) -> list[str]:
-        """What the captioner says to inputs of its processor, from a token on."""
+        """The captioner's answers to inputs from its processor, from token `start` on."""
         self._make_room(self.captioner)
         inputs = inputs.to(self._execution_device, self.captioner.dtype)
         tokens = self.captioner.generate(**inputs, max_new_tokens=max_new_tokens)[:, start:]
@@ -2356,20 +2368,20 @@ class DifferenceInversionPipeline(
     ) -> list[str]:
         """Describes images by the words whose CLIP embedding is nearest to theirs, one string each.
 
-        That is PEZ, of "Hard Prompts Made Easy" (Wen et al., 2023), for all images at once; the words are whole words of
-        the vocabulary, which read as text give the same tokens again. Then, and beyond PEZ, words are left out that CLIP
-        can do without, and the UNet adds or leaves out some: CLIP does not see all that matters in drawing.
+        This is PEZ, from "Hard Prompts Made Easy" (Wen et al., 2023), for all images at once, with whole words of the
+        vocabulary, so that the text gives the same tokens again. Beyond PEZ, words that CLIP can do without are then
+        removed, and the UNet adds or removes a few, since CLIP does not see all that matters for drawing.
 
         Args:
             images: as [`caption`] takes them.
-            num_tokens: words that are sought for each.
+            num_tokens: words to find for each image.
             num_steps: optimizer steps.
             learning_rate: AdamW's.
-            tolerance: words are left out as long as the cosine with the image stays within this of its highest, 0 to 2;
+            tolerance: words are removed as long as the cosine with the image stays within this of its maximum, 0 to 2;
                 `None` keeps all of them.
-            num_revisions: the most words that are added or left out, one after another, as long as the UNet then predicts
+            num_revisions: maximum number of words to add or remove, one at a time, as long as the UNet then predicts
                 the image's noise better; 0 for none.
-            height, width: in pixels, at which the UNet is shown the images; by default each image's own.
+            height, width: size in pixels at which the UNet gets the images; by default each image's own.
             generator: makes results repeatable.
         """
         self._check_model()
@@ -2385,7 +2397,7 @@ class DifferenceInversionPipeline(
         generator = first_of(generator)
         images = as_pictures(images, "images")
         sizes = [self._common_size([image], "images", height, width) for image in images]
-        check_gradients("images", "are to be described by words that PEZ finds by gradients")
+        check_gradients("images", "are described by words that PEZ finds by gradients")
         with frozen(encoder.clip, self.vae, self.unet, self.text_encoder, self.text_encoder_2):
             target = self._clip_image_features(encoder.clip, images)
             words = self._vocabulary_words()
@@ -2423,7 +2435,7 @@ class DifferenceInversionPipeline(
     def _fewest_words(
         self, encoder: _Encoder, ids: torch.Tensor, target: torch.Tensor, tolerance: float
     ) -> torch.Tensor:
-        """Words (num_tokens,) without those that bring CLIP's text embedding no nearer to an image's."""
+        """Words (num_tokens,) without those that CLIP's text embedding does not need to stay close to an image's."""
         highest = self._clip_row_features(encoder, encoder.rows(ids[None])) @ target
         while len(ids) > 1:
             shorter = torch.stack([torch.cat([ids[:i], ids[i + 1 :]]) for i in range(len(ids))])
@@ -2436,14 +2448,13 @@ class DifferenceInversionPipeline(
     def _revised_words(
         self, image: Any, size: tuple[int, int], ids: list[int], more: list[int], most: int, num_revisions: int
     ) -> list[int]:
-        """Words, with some of `more`, `most` in all, and without some of their own, by which the UNet knows the image
-        better."""
+        """Adds some of `more` to the words, up to `most` in all, and removes some, while the UNet's error falls."""
         latents = self._encode_images([image], "images", size).float()
-        # The same noises for all images, so that it does not matter in whose company one is described.
+        # The same noises for all images, so that a result does not depend on the rest of the batch.
         draw = self._draw(latents, NUM_REVISION_SAMPLES, torch.Generator().manual_seed(0), jitter=False)
 
         def errors(versions: list[list[int]]) -> list[float]:
-            """How badly the UNet, told each version, predicts the image's noises."""
+            """The UNet's error on the image, given each version of the words."""
             found = []
             for start in range(0, len(versions), NUM_REVISION_SAMPLES):
                 prompts = [
@@ -2484,21 +2495,20 @@ class DifferenceInversionPipeline(
     ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
         """Encodes [P; D]: each prompt, then the difference tokens, then the end token.
 
-        A prompt that leaves too little room is shortened; the tokens never are. What is returned is what stock pipelines take
-        as arguments, so that the difference works in them too.
+        A prompt that leaves too little room is shortened; the tokens never are. The results are arguments of stock
+        pipelines, so the difference works in those too.
 
         Args:
             prompt: one or several.
-            device: of what is returned; by default the pipeline's.
-            num_images_per_prompt: how many times each prompt is wanted.
-            do_classifier_free_guidance: whether negative embeddings are wanted.
-            negative_prompt: for these; by default the empty prompt, of which SDXL may have zeros.
-            difference: tokens, a difference file, or a list of them; none by default. Words that they replace stay in the
-                prompt: leave them out of it.
+            device: of the results; defaults to the pipeline's.
+            num_images_per_prompt: copies of each prompt.
+            do_classifier_free_guidance: whether to return negative embeddings.
+            negative_prompt: for these; defaults to the empty prompt, or to zeros if SDXL is set so.
+            difference: tokens, a difference file, or a list. Leave the phrases that they replace out of the prompt.
 
         Returns:
             `prompt_embeds`, `negative_prompt_embeds`, (batch, length, dim) each in the UNet's dtype, and SDXL's
-            `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`, (batch, dim); None for those that there are not.
+            `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`, (batch, dim); None for those that do not exist.
         """
         prompts, negative = as_list(prompt), _Condition(None)
         self._check_prompts("prompt", prompts, len(prompts))
@@ -2517,37 +2527,37 @@ class DifferenceInversionPipeline(
         return tuple(None if each is None else each.to(device or each.device) for each in embeds)
 
     def _zeros_or_empty(self, empty: _Condition) -> _Condition:
-        """What guidance leads away from where nothing is asked: the empty prompt, or zeros for SDXL where it says so."""
+        """The negative condition if none is asked for: the empty prompt, or zeros if SDXL is set so."""
         zeros = self.text_encoder_2 is not None and self.config.force_zeros_for_empty_prompt
         return empty.each(torch.zeros_like) if zeros else empty
 
     def _condition(self, prompts: list[str], rows: Optional[torch.Tensor] = None) -> _Condition:
-        """Prompts, each followed by its rows (batch, num_tokens, dim), as the UNet is told them."""
+        """Conditioning for the UNet: prompts, each followed by its rows (batch, num_tokens, dim)."""
         rows = self._rows(None).expand(len(prompts), -1, -1) if rows is None else rows.to(self._execution_device)
         outputs, is_xl = [], self.text_encoder_2 is not None
         self._make_room(*(encoder.model for encoder in self._encoders))
         for encoder, part in self._by_encoder(rows):
             input_ids, slots = self._place_rows(encoder.tokenizer, prompts, part.shape[1], part.device)
             options = {"output_hidden_states": is_xl}
-            if not is_xl and getattr(encoder.model.config, "use_attention_mask", False):  # SDXL's has no such setting
+            if not is_xl and getattr(encoder.model.config, "use_attention_mask", False):  # SDXL has no such setting
                 options["attention_mask"] = until_the_end(input_ids, encoder.tokenizer.eos_token_id)
             with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
                 outputs.append(encoder.model(input_ids, **options))
-        # Prompts are encoded without a UNet too.
+        # Prompts can be encoded without a UNet.
         dtype = self.text_encoder.dtype if self.unet is None else self.unet.dtype
         if not is_xl:
             return _Condition(outputs[0][0].to(dtype))
-        # SDXL reads its encoders one layer early, and pools the second.
+        # SDXL takes each encoder's next-to-last layer, and the second one's pooled output.
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return _Condition(prompt_embeds, outputs[1].text_embeds).each(lambda embeds: embeds.to(dtype))
 
     def _read(self, tokenizer: CLIPTokenizer, prompt: str) -> list[int]:
-        """All tokens of a prompt, in which the name of a textual inversion of several vectors stands for each of them."""
-        # Called, the tokenizer would warn that the model cannot take so many.
+        """All token ids of a prompt; the name of a textual inversion becomes one token for each of its vectors."""
+        # Calling the tokenizer itself would warn about long prompts.
         return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(self.maybe_convert_prompt(prompt, tokenizer)))
 
     def _warn_of_long_prompts(self, prompts: Sequence[str], num_rows: int) -> None:
-        """Says what of the prompts the text encoder's window has no room for, beside the rows."""
+        """Warns about the parts of prompts that do not fit in the text encoder's window next to the rows."""
         for prompt in dict.fromkeys(prompts):
             words, room = self._read(self.tokenizer, prompt), self._room() - num_rows
             if len(words) > room:
@@ -2557,10 +2567,9 @@ class DifferenceInversionPipeline(
     def _place_rows(
         self, tokenizer: CLIPTokenizer, prompts: list[str], num_rows: int, device, vocab_size: Optional[int] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [start; P; num_rows places; end; padding] and where the places are, both (batch, length).
+        """Token ids [start; P; num_rows slots; end; padding] and a mask of the slots, both (batch, length).
 
-        Tokens beyond `vocab_size`, if that is given, are left out: a textual inversion adds them to the text encoder, and
-        CLIP does not know them.
+        Ids beyond `vocab_size`, if given, are left out: textual inversions do not add them to CLIP.
         """
         length = tokenizer.model_max_length
         room = length - 2 - num_rows
@@ -2570,7 +2579,7 @@ class DifferenceInversionPipeline(
             words = self._read(tokenizer, prompt)
             if vocab_size is not None:
                 words = [word for word in words if word < vocab_size]
-            # The start token stands in for the rows: CLIP looks for the end token to pool at, and must find the end.
+            # Slots hold the start token: CLIP pools at the first end token, which must be the real one.
             places = [tokenizer.bos_token_id] * num_rows
             ids = [tokenizer.bos_token_id, *words[:room], *places, tokenizer.eos_token_id]
             input_ids[line, : len(ids)] = torch.tensor(ids)
@@ -2580,7 +2589,7 @@ class DifferenceInversionPipeline(
     # --------------------------------------------------------------------------------------------------- images
 
     def _common_size(self, images: list, name: str, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
-        """The size that all of a batch is brought to: what is asked for, else the first image's, in whole latents."""
+        """The common size of a batch: what is asked for, else the first image's, rounded down to whole latents."""
         factor = self.vae_scale_factor
         for side, value in (("height", height), ("width", width)):
             if value is not None:
@@ -2595,11 +2604,11 @@ class DifferenceInversionPipeline(
         return tuple(side // factor * factor for side in size)
 
     def _native_size(self, height: Optional[int], width: Optional[int]) -> tuple[int, int]:
-        """Height and width at which the UNet was trained; zeros where it does not say, and where both are given."""
+        """Height and width at which the UNet was trained; zeros if it does not say and both are given."""
         native = self.unet.config.sample_size
         written_by = self.unet.config.get("_diffusers_version") or ""
         if isinstance(native, int) and native < 64 and re.match(r"0\.[0-8]\.", written_by):
-            native = 64  # as stock pipelines take it: configurations of then did not say it rightly
+            native = 64  # as in stock pipelines: old configurations state it wrongly
         if native is None and None in (height, width):
             raise ValueError(
                 "`height` and `width` are needed: this `unet` does not say for which size it was trained."
@@ -2609,21 +2618,21 @@ class DifferenceInversionPipeline(
         return tuple(side * self.vae_scale_factor for side in sides)
 
     def _encode_images(self, images: list, name: str, size: tuple[int, int]) -> torch.Tensor:
-        """Latents (batch, channels, height / factor, width / factor) of images of any size, resized where need be."""
+        """Latents (batch, channels, height / factor, width / factor) of images of any size, resized if necessary."""
         for image in images:
             own = image_size(image)
             if own != size:
                 logger.warning("`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *own, *size)
         with self._precise_vae():
             pixels = self._pixels(images, size).to(self._execution_device, self.vae.dtype)
-            latents = retrieve_latents(self.vae.encode(pixels), sample_mode="argmax")  # a small VAE's have no spread
+            latents = retrieve_latents(self.vae.encode(pixels), sample_mode="argmax")  # small VAEs are deterministic
         mean, scale = self._latents_statistics(latents)
         return ((latents - mean) * scale).to(self.vae.dtype)
 
     def _latents_statistics(self, latents: torch.Tensor) -> tuple[Any, Any]:
-        """What is taken from the VAE's latents, and what they are then multiplied by, to be what the UNet knows.
+        """Mean to subtract from the VAE's latents, and factor to multiply them by, for the UNet.
 
-        SDXL's VAE may say both by channel, which stock Stable Diffusion does not look at.
+        SDXL's VAE may have both per channel; stock Stable Diffusion ignores these.
         """
         config, values = self.vae.config, []
         for name, neutral in (("latents_mean", 0.0), ("latents_std", 1.0)):
@@ -2637,7 +2646,7 @@ class DifferenceInversionPipeline(
 
     @contextmanager
     def _precise_vae(self) -> Iterator[None]:
-        """While open, the VAE is on the device, and SDXL's, where `force_upcast` says so, in float32 and not float16."""
+        """While open, the VAE is on the device; SDXL's with `force_upcast` is in float32 instead of float16."""
         self._make_room(self.vae)
         if self.text_encoder_2 is None or self.vae.dtype != torch.float16 or not self.vae.config.get("force_upcast"):
             yield
@@ -2651,7 +2660,7 @@ class DifferenceInversionPipeline(
     # ---------------------------------------------------------------------------------------------------- delta
 
     def _clip_deltas(self, pairs: list[Pair], alpha: float) -> list[torch.Tensor]:
-        """Each CLIP's interpolated delta (dim,) of the pairs, their mean if they are several; equations 2 to 5."""
+        """Each CLIP's interpolated delta (dim,), the mean over the pairs; equations 2 to 5."""
         deltas, prompts = [], list(zip(*(pair.prompts for pair in pairs), strict=True))
         for encoder in self._encoders_with_clip():
             before, after = (self._clip_text_features(encoder, list(side)) for side in prompts)
@@ -2666,7 +2675,7 @@ class DifferenceInversionPipeline(
         return [encoder for encoder in self._encoders if encoder.clip is not None]
 
     def _image_delta(self, clip: CLIPModel, pairs: list[Pair]) -> torch.Tensor:
-        """How CLIP's image embeddings (dim,) differ in the mean (equation 2)."""
+        """The mean difference (dim,) between CLIP's image embeddings (equation 2)."""
         before, after = ([getattr(pair, name) for pair in pairs] for name in ("before", "after"))
         return (self._clip_image_features(clip, after) - self._clip_image_features(clip, before)).mean(0)
 
@@ -2681,7 +2690,7 @@ class DifferenceInversionPipeline(
     def _clip_text_features(
         self, encoder: _Encoder, prompts: list[str], rows: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
-        """CLIP's text embeddings (batch, dim) at unit length, of prompts that may end in the encoder's rows."""
+        """CLIP's text embeddings (batch, dim) at unit length of prompts, followed by the encoder's rows, if any."""
         if rows is None:
             rows = torch.zeros(len(prompts), 0, encoder.width, device=self._execution_device)
         self._make_room(encoder.clip)
@@ -2693,9 +2702,9 @@ class DifferenceInversionPipeline(
             return F.normalize(_features(encoder.clip.get_text_features(input_ids=input_ids)).float(), dim=-1)
 
     def _clip_row_features(self, encoder: _Encoder, rows: torch.Tensor) -> torch.Tensor:
-        """CLIP's text embeddings (batch, dim) at unit length, of rows (batch, num_rows, width) and nothing else.
+        """CLIP's text embeddings (batch, dim) at unit length of rows (batch, num_rows, width) alone.
 
-        Without the padding to the whole window, which CLIP's end token does not see.
+        There is no padding: CLIP's end token does not attend to it.
         """
         self._make_room(encoder.clip)
         tokenizer, (batch, num_rows, _) = encoder.tokenizer, rows.shape
@@ -2728,31 +2737,30 @@ class DifferenceInversionPipeline(
         r"""
         Learns what changed from `before` to `after` (paper, section 4).
 
-        Stopping it early loses nothing: on Ctrl-C once its steps have begun, or when a callback sets
-        `pipe._interrupt = True`, the best tokens so far are returned. (A call of the pipeline ends with Ctrl-C while it learns,
-        and keeps them as `pipe.interrupted_difference`.)
+        Stopping early loses nothing: on Ctrl-C after its first step began, or when a callback sets
+        `pipe._interrupt = True`, it returns the best tokens so far. (Ctrl-C while a call of the pipeline learns ends
+        that call, which keeps them as `pipe.interrupted_difference`.)
 
         Args:
             before: the image before the change, or several; PIL images of any mode and size, arrays or tensors.
             after: the image after it, or as many.
-            before_prompt: describes `before`; one for each image. Left out, the captioner writes it.
+            before_prompt: describes `before`; one for each image. If None, the captioner writes it.
             after_prompt: describes `after`, likewise.
-            height, width: to resize the images to, in pixels; the first image's own by default, in whole latents.
+            height, width: size in pixels to resize the images to; defaults to the first one's, in whole latents.
             generator: makes learning repeatable.
-            callback_on_optimization_step: called as `callback(pipe, step, values)` after each step, with `loss` and those
-                of `clip_loss`, `contrast_loss` and `token_consistency_loss` that have a weight (floats), and `tokens`
-                (num_tokens, dim).
-            checkpoint: a file in which to keep where learning stands. If it is there, learning goes on from it: with a
-                `generator`, to the same tokens bit for bit. It is written whole or not at all, and stays when learning ends.
-            checkpointing_steps: optimizer steps from one time that it is written to the next, at least 1.
-            config: `num_tokens`, `init` and all else that [`LearningConfig`] has.
+            callback_on_optimization_step: called as `callback(pipe, step, values)` after each step. `values` has
+                `loss`, those of `clip_loss`, `contrast_loss` and `token_consistency_loss` that have a weight (floats),
+                and `tokens` (num_tokens, dim).
+            checkpoint: a file for the state of learning. If it exists, learning resumes from it: with a `generator`,
+                to the same tokens bit for bit. It is written whole or not at all, and stays when learning ends.
+            checkpointing_steps: optimizer steps between writes of it, at least 1.
+            config: `num_tokens`, `init` and the other arguments of [`LearningConfig`].
 
         Returns:
-            The difference tokens that were best on a fixed set of noises and time steps, of those that they began as
-            and of several on the way.
+            The best difference tokens, on a fixed set of noises and time steps, of the initial and several later ones.
 
         Raises:
-            ValueError, TypeError: for arguments that cannot be used, by name, before any model runs.
+            ValueError, TypeError: for invalid arguments, by name, before any model runs.
         """
         asked = {"before_prompt": before_prompt, "after_prompt": after_prompt, "height": height, "width": width}
         config = LearningConfig(**config)
@@ -2790,7 +2798,7 @@ class DifferenceInversionPipeline(
         checkpoint: Union[str, os.PathLike, None] = None,
         checkpointing_steps: int = 10,
     ) -> Optional[_Checkpoint]:
-        """The file that keeps where learning stands; raises `ValueError` if it is there already and of another call."""
+        """The file for the state of learning; raises `ValueError` if it exists and is of another call."""
         check_number("checkpointing_steps", checkpointing_steps, 1, whole=True)
         if checkpoint is None:
             return None
@@ -2801,7 +2809,7 @@ class DifferenceInversionPipeline(
     def _call_hash(
         self, befores: list, afters: list, size: tuple[int, int], asked: tuple, generator: Optional[torch.Generator]
     ) -> str:
-        """What is learned from, by which model, and how, as a short hash."""
+        """A short hash of what is learned from, by which model, and how."""
         seed = None if generator is None else generator.initial_seed()
         digest = hashlib.sha256(repr((asked, seed, self._base_model(), self._fingerprint())).encode())
         for images in (befores, afters):
@@ -2826,12 +2834,12 @@ class DifferenceInversionPipeline(
         if state:
             logger.info("Learning goes on from %r, at step %d.", str(checkpoint.path), state["learner"]["step"])
         lost, gained = state["words"] if state else self._find_words(pairs, config, generator)
-        # 3. The tokens to begin as
+        # 3. The initial tokens
         allowed = self._vocabulary_words() if hard else None
         words = self._word_rows(gained, config.num_tokens, allowed)
-        if len(words):  # random rows beside them would say what nobody meant
+        if len(words):  # random rows next to them would add arbitrary meaning
             config = replace(config, num_tokens=len(words))
-        elif lost and not hard:  # to leave out what was lost is the whole change
+        elif lost and not hard:  # leaving out what was lost is the whole change
             config = replace(config, num_tokens=1, init="zeros")
         from_words = len(words) > 0 or (bool(lost) and not hard)
         config = config.for_start(from_words)
@@ -2843,7 +2851,7 @@ class DifferenceInversionPipeline(
             prompts = [{name: getattr(pair, name) for name in ("before_prompt", "after_prompt")} for pair in pairs]
             checkpoint.state |= {"words": (lost, gained), "prompts": prompts}
         tokens = self._initial_tokens(config.num_tokens, config.init, words, generator)
-        # 4. The tokens that do it
+        # 4. The learned tokens
         vocabulary = Vocabulary(self._embedded(allowed)) if hard else None
         if alike:
             tokens, loss = torch.zeros_like(tokens), 0.0
@@ -2862,9 +2870,9 @@ class DifferenceInversionPipeline(
             )
             self._optimize(learner, callback, checkpoint)
             tokens, loss = learner.best()
-            if not (tokens.any() or lost):  # words that were lost are a change by themselves
+            if not (tokens.any() or lost):  # lost words are a change by themselves
                 logger.warning(
-                    "No tokens were better than zeros, and the difference will change nothing. Try a lower "
+                    "No tokens were better than zeros, so the difference will change nothing. Try a lower "
                     "`learning_rate`, more steps, another `init`, or float32."
                 )
         story = {"lost_phrases": "\n".join(lost), "gained_phrases": "\n".join(gained)}
@@ -2877,14 +2885,13 @@ class DifferenceInversionPipeline(
     def _find_words(
         self, pairs: list[Pair], config: LearningConfig, generator: Optional[torch.Generator]
     ) -> tuple[list[str], list[str]]:
-        """Words that the pairs lost and gained, up to `num_tokens` of each, if tokens are to begin as words: proposed by prompts
-        and by CLIP, and chosen by the UNet.
+        """The words that the pairs lost and gained, up to `num_tokens` of each, if tokens are to start as words.
 
-        Several pairs are judged together, so that a word must hold for them all.
+        Prompts and CLIP propose words, and the UNet chooses. A word must hold for all the pairs together.
         """
         if self._look_alike(pairs):
             logger.warning(
-                "`before` and `after` look alike: there is no difference to learn, and the tokens change nothing."
+                "`before` and `after` look alike: there is no difference to learn, so the tokens change nothing."
             )
             return [], []
         if config.init != "words":
@@ -2914,10 +2921,10 @@ class DifferenceInversionPipeline(
         return search.found
 
     def _shared_words(self, pairs: list[Pair]) -> list[str]:
-        """Words for what CLIP sees in all pictures, and no prompt of their pairs says.
+        """Words for what CLIP sees in all pictures, but no pair's prompts mention.
 
-        A word is hard to judge alone, and captions may say little that both pictures show. CLIP needs no step of the UNet
-        for this: word by word it picks what brings the description nearer to every picture.
+        Single words are hard to judge, and captions may say little about what both pictures show. This needs no UNet
+        calls: word by word, CLIP picks what brings the description closer to every picture.
         """
         encoder = self._encoders_with_clip()[0]
         images = [pair.before for pair in pairs] + [pair.after for pair in pairs]
@@ -2928,7 +2935,7 @@ class DifferenceInversionPipeline(
         pictures = features.unflatten(0, (2, len(pairs)))
 
         def likeness(descriptions: list[list[int]]) -> torch.Tensor:
-            """Cosines (descriptions, 2 * pairs) of pictures and descriptions that follow what their pair's prompts share."""
+            """Cosines (descriptions, 2 * pairs) of pictures with descriptions that follow the shared prompts."""
             cosines = []
             for ids, both in zip(known, pictures.unbind(1), strict=True):
                 phrases = torch.tensor([[*ids, *more] for more in descriptions], dtype=torch.long, device=both.device)
@@ -2949,17 +2956,17 @@ class DifferenceInversionPipeline(
                 break
             reached = found[best]
             chosen.append(candidates.pop(best))
-        # What only one prompt of a pair says may be what changed: it is judged by the UNet.
+        # A word in only one prompt of a pair may be what changed, so the UNet judges it.
         by_one = {word for pair in pairs for order in (1, -1) for word in unshared_words(*pair.prompts[::order])}
         return [word for word in (_written(self.tokenizer, [index]) for index in chosen) if word not in by_one]
 
     def _words_along_the_delta(
         self, said: list[list[str]], pairs: list[Pair]
     ) -> tuple[list[list[str]], list[list[str]]]:
-        """Of the prompts' own words those that best fit the images' delta, and the vocabulary's nearest to its opposite and to
-        it; of either first those of what was lost, and then those of what was gained.
+        """The prompts' own words that best fit the images' delta, and the vocabulary's nearest to its opposite and to
+        it.
 
-        CLIP is quick and shortsighted, so it only proposes words.
+        Both are pairs of lists, lost words and gained words. CLIP is fast but imprecise, so it only proposes.
         """
         encoder = self._encoders_with_clip()[0]
         delta = self._image_delta(encoder.clip, pairs)
@@ -2979,7 +2986,7 @@ class DifferenceInversionPipeline(
         return said, [[_written(self.tokenizer, [index]) for index in side] for side in nearest]
 
     def _evidence(self, pairs: list[Pair], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
-        """The `errors` of a [`WordSearch`] on these pairs, where they differ, on fixed noises and time steps."""
+        """The `errors` of a [`WordSearch`] on these pairs, weighted by change, on fixed noises and time steps."""
 
         def errors(phrases: list[str], picture: int) -> torch.Tensor:
             found = []
@@ -2994,7 +3001,7 @@ class DifferenceInversionPipeline(
     def _metadata(
         self, config: LearningConfig, loss: float, generator: Optional[torch.Generator], pair: Pair
     ) -> dict[str, str]:
-        """What a difference file says of how it was learned."""
+        """What a difference file records about how it was learned."""
         settings = vars(config).copy()
         own = {
             "format": FILE_FORMAT,
@@ -3016,40 +3023,40 @@ class DifferenceInversionPipeline(
         return {name: str(value) for name, value in (settings | own).items()}
 
     def _base_model(self) -> str:
-        """The base model's name; of a local folder only its last part, as difference files are made to be shared."""
+        """The base model's name; for a local folder only its last part, since difference files are shared."""
         name = self.config.get("_name_or_path") or ""
         return Path(name).resolve().name if os.path.exists(name) else name
 
     def _word_rows(self, words: list[str], num_tokens: int, allowed: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Words in the tokens' own space, (up to num_tokens, dim).
+        """The embeddings of words, (up to num_tokens, dim).
 
-        Of more than there is room for the last stay, because a phrase ends in its noun. Words that are not `allowed` are
-        left out, or that an encoder does not have.
+        If there are too many, the last ones stay, because a phrase ends in its noun. Words that are not `allowed`,
+        or that an encoder lacks, are skipped.
         """
         words = self.maybe_convert_prompt(" ".join(words), self.tokenizer).split()
         read = self.tokenizer(words, add_special_tokens=False).input_ids if words else []
-        if allowed is not None:  # a word of several tokens is none of the vocabulary's
+        if allowed is not None:  # a word of several tokens is not a vocabulary word
             read = [ids for ids in read if len(ids) == 1 and ids[0] in allowed.tolist()]
         known = min(len(encoder.table) for encoder in self._encoders)
         rows = self._embedded([index for ids in read for index in ids if index < known])
         return rows[max(0, len(rows) - num_tokens) :]
 
     def _word_features(self, encoder: _Encoder, words: torch.Tensor) -> torch.Tensor:
-        """CLIP's text embeddings (words, dim) at unit length, each of one word."""
+        """CLIP's text embeddings (words, dim) at unit length, one for each word."""
         parts = encoder.rows(words)[:, None].split(1024)
         return torch.cat([self._clip_row_features(encoder, part) for part in parts])
 
     def _completed(
         self, prompts: list[str], images: list, latents: torch.Tensor, said: Sequence[str] = ()
     ) -> list[str]:
-        """Prompts with words for what they leave unsaid of their images, whose latents (batch, ...) are given.
+        """Adds words to prompts for what they leave out of their images, whose latents (batch, ...) are given.
 
-        CLIP proposes words, and the UNet takes those with which it draws the image better. A caption often names less
-        than half of what can be seen, and what no word holds may drift when the rest is redrawn. This takes the place of
-        the prompt that "fully anchors" an image in the paper. Without a CLIP, prompts stay as they are. What is added is
+        CLIP proposes words, and the UNet takes those that lower its error on the image. A caption often names less
+        than half of what is visible, and what no word describes may drift when the rest is redrawn. This replaces the
+        prompt that "fully anchors" an image in the paper. Without a CLIP, prompts stay unchanged. Additions are
         logged.
 
-        Phrases that are `said` of the images besides are no news, and are not among what is added.
+        The phrases `said` also describe the images, so they are not added.
         """
         if not self._encoders_with_clip() or self.clip_processor is None:
             return prompts
@@ -3057,7 +3064,7 @@ class DifferenceInversionPipeline(
         with frozen(self.unet, self.text_encoder, self.text_encoder_2, self.clip, self.clip_2):
             told = [" ".join(filter(None, [without_phrases(prompt, said), *said])) for prompt in prompts]
             proposed = self._unsaid_words(encoder, told, images)
-            # The same noises for all images, so that it does not matter in whose company one is completed.
+            # The same noises for all images, so that a result does not depend on the rest of the batch.
             noise = torch.Generator().manual_seed(0)
             draw = self._draw(latents[:1].float(), NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
             each = zip(told, proposed, latents.float().split(1), strict=True)
@@ -3069,9 +3076,9 @@ class DifferenceInversionPipeline(
         return completed
 
     def _completed_pairs(self, pairs: list[Pair], config: LearningConfig) -> list[Pair]:
-        """The pairs with completed prompts, so that tokens need not say what A and A' show besides the change."""
+        """The pairs with completed prompts, so that tokens need not describe what A and A' show besides the change."""
         sides = ["before"]
-        if config.objective == "contrast" or config.lambda_before > 0:  # else the prompts of A' are not used
+        if config.objective == "contrast" or config.lambda_before > 0:  # otherwise the prompts of A' are unused
             sides.append("after")
         for side in sides:
             prompts, images, latents = (
@@ -3082,9 +3089,9 @@ class DifferenceInversionPipeline(
         return pairs
 
     def _unsaid_words(self, encoder: _Encoder, prompts: list[str], images: list) -> list[list[str]]:
-        """The vocabulary's nearest to what CLIP sees in each image and its prompt does not say."""
+        """The vocabulary words nearest to what CLIP sees in each image and its prompt does not say."""
         words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
-        # What is said already would come first, and leave no room for quieter things.
+        # Otherwise what is already said would come first, and crowd out quieter things.
         unsaid = self._clip_image_features(encoder.clip, images) - 0.5 * self._clip_text_features(encoder, prompts)
         orders = (unsaid @ self._word_features(encoder, words).T).argsort(descending=True)
         proposed = []
@@ -3095,7 +3102,7 @@ class DifferenceInversionPipeline(
         return proposed
 
     def _true_words(self, prompt: str, words: list[str], latents: torch.Tensor, draw: _Draw) -> list[str]:
-        """Those of the words with which, after the prompt, the UNet draws the latents (1, ...) better, the best one first."""
+        """The words that, appended to the prompt, lower the UNet's error on the latents (1, ...), best first."""
         (reference,) = (errors,) = self._prompt_errors([prompt], latents, draw)
         chosen = []
         while words:
@@ -3112,7 +3119,7 @@ class DifferenceInversionPipeline(
     def _prompt_errors(
         self, prompts: list[str], latents: torch.Tensor, draw: _Draw, weights: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
-        """The UNet's errors on latents (1, ...) under each prompt, where the weights say, (prompts, samples)."""
+        """The UNet's errors on latents (1, ...) under each prompt, weighted by place, (prompts, samples)."""
         weights = torch.ones_like(latents[:, :1]) if weights is None else weights
         found = []
         for some in _chunks(prompts, max(1, MOST_AT_ONCE // len(draw.timesteps))):
@@ -3122,9 +3129,9 @@ class DifferenceInversionPipeline(
         return torch.cat(found)
 
     def _vocabulary_words(self, fewest_letters: int = 1, but: frozenset[str] = frozenset()) -> torch.Tensor:
-        """Ids of the vocabulary's whole words, which text of them gives back."""
+        """Ids of the vocabulary's whole words that tokenize back to themselves."""
         pattern = re.compile(f"[a-z]{{{fewest_letters},}}</w>")
-        # Sorted, since the tokenizer gives them in another order each time.
+        # Sorted, since the tokenizer's own order varies.
         vocab = sorted((index, token) for token, index in self.tokenizer.get_vocab().items())
         vocab = {token[:-4]: index for index, token in vocab if pattern.fullmatch(token) and token[:-4] not in but}
         read = self.tokenizer(list(vocab), add_special_tokens=False).input_ids if vocab else []
@@ -3133,14 +3140,14 @@ class DifferenceInversionPipeline(
 
     @staticmethod
     def _look_alike(pairs: list[Pair]) -> bool:
-        """Whether no pair has a change that could be seen: latents have a spread of about 1."""
+        """Whether no pair has a visible change (latents have a standard deviation of about 1)."""
         changes = [(pair.after_latents - pair.before_latents).square().mean() for pair in pairs]
         return max(map(float, changes)) < NO_CHANGE
 
     def _initial_tokens(
         self, num_tokens: int, init: str, words: torch.Tensor, generator: Optional[torch.Generator]
     ) -> torch.Tensor:
-        """The tokens to start from, (num_tokens, dim), in float32 whatever the model's dtype."""
+        """The initial tokens, (num_tokens, dim), in float32 whatever the model's dtype."""
         shape, device = (num_tokens - len(words), words.shape[1]), self._execution_device
         if init == "zeros" or shape[0] == 0:
             return torch.cat([torch.zeros(shape, device=device), words.to(device)])
@@ -3149,7 +3156,7 @@ class DifferenceInversionPipeline(
         return torch.cat([others, words.to(device)])
 
     def _optimize(self, learner: Learner, callback: Optional[Callable], checkpoint: Optional[_Checkpoint]) -> None:
-        """Has the learner take its steps, and lets callbacks, Ctrl-C and checkpoints come between."""
+        """Runs the learner's steps, with callbacks, checkpoints and Ctrl-C in between."""
         num_steps = learner.config.num_optimization_steps
         learner.prepare(None if checkpoint is None else checkpoint.state.get("learner"))
         try:
@@ -3184,17 +3191,17 @@ class DifferenceInversionPipeline(
             learner.judge()
         if learner.num_overflows:
             logger.warning(
-                "Gradients overflowed in %s at %d of %d steps, which were left out. Use bfloat16 or float32.",
+                "Gradients overflowed in %s at %d of %d steps, which were skipped. Use bfloat16 or float32.",
                 self.unet.dtype,
                 learner.num_overflows,
                 num_steps,
             )
         if not math.isfinite(learner.best()[1]):
-            logger.warning("No loss was finite, and the tokens are those that learning began with. Use float32.")
+            logger.warning("No loss was finite, so the tokens are still the initial ones. Use float32.")
 
     @property
     def _gradient_scale(self) -> float:
-        """Gradients of single values are too small for fp16's range; those that overflow instead are left out."""
+        """Loss scale: single gradients are too small for fp16. Steps that overflow instead are skipped."""
         dtypes = (self.unet.dtype, *(encoder.model.dtype for encoder in self._encoders))
         return 1024.0 if torch.float16 in dtypes else 1.0
 
@@ -3209,8 +3216,7 @@ class DifferenceInversionPipeline(
         )
 
     def _token_features(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """The vector (dim,) that the CLIP loss turns towards each CLIP's delta: its text embedding of the tokens alone
-        (Figure 3)."""
+        """Each CLIP's text embedding (dim,) of the tokens alone, for the CLIP loss (Figure 3)."""
         parts = [(encoder, part) for encoder, part in self._by_encoder(tokens) if encoder.clip is not None]
         return [self._without_graph(self._clip_text_features, encoder, [""], part[None])[0] for encoder, part in parts]
 
@@ -3222,7 +3228,7 @@ class DifferenceInversionPipeline(
         jitter: bool = True,
         stretch: tuple[float, float] = (0.0, 1.0),
     ) -> _Draw:
-        """Noises, and time steps spread evenly over a stretch of the schedule: one in each of `samples` equal parts."""
+        """Noises, and time steps spread over a part of the schedule: one in each of `samples` equal intervals."""
         device = latents.device
         noise = randn_tensor((samples, *latents.shape[1:]), generator=generator, device=device, dtype=latents.dtype)
         places = torch.full((samples,), 0.5, device="cpu")
@@ -3235,9 +3241,9 @@ class DifferenceInversionPipeline(
         return _Draw(noise, timesteps.long().clamp(max=num_train_timesteps - 1).to(device))
 
     def _predict(self, latents, prompts: list[str], rows, draw: _Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the UNet says of each of the latents with its prompt and rows, and what it should say.
+        """The UNet's predictions for latents, each with its prompt and rows, and their targets.
 
-        Both are (images, samples, channels, height, width): every image under every noise of the draw.
+        Both are (images, samples, channels, height, width): every image with every noise of the draw.
         """
         images, samples = len(prompts), len(draw.timesteps)
         condition = self._without_graph(self._condition, prompts, rows).repeat(samples)
@@ -3251,7 +3257,7 @@ class DifferenceInversionPipeline(
         return prediction.float().unflatten(0, (images, samples)), target.unflatten(0, (images, samples))
 
     def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:
-        """The UNet's prediction (batch, ...); SDXL's is also told the picture's size, which it is to be drawn whole in."""
+        """The UNet's prediction (batch, ...). SDXL also gets size and crop conditioning (no crop)."""
         self._make_room(self.unet)
         added, latents = None, latents.to(self.unet.dtype)
         if condition.pooled_prompt_embeds is not None:
@@ -3264,18 +3270,18 @@ class DifferenceInversionPipeline(
     # ---------------------------------------------------------------------------------- inverting and denoising
 
     def _deterministic(self, family: type) -> Any:
-        """A DDIM scheduler, or its inverse, on the model's noise schedule, set so that they undo each other's steps."""
+        """A DDIM scheduler or its inverse, on the model's noise schedule, set so that they undo each other's steps."""
         spacing = self.scheduler.config.get("timestep_spacing", "leading")
-        spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse knows no other
+        spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse supports no other
         known = inspect.signature(family.__init__).parameters
         config = {name: value for name, value in self.scheduler.config.items() if name in known}
-        # At these the last step, too, can be undone.
+        # With these, even the last step can be undone.
         undoable = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "thresholding": False}
         undoable = {name: value for name, value in undoable.items() if name in known}
         return family.from_config(config | undoable, timestep_spacing=spacing)
 
     def _corrections(self) -> dict[str, Any]:
-        """What stock Stable Diffusion, but not SDXL, sets right in a scheduler's configuration of old."""
+        """What stock Stable Diffusion, but not SDXL, corrects in old scheduler configurations."""
         right = {"steps_offset": 1, "clip_sample": False} if self.text_encoder_2 is None else {}
         return {name: value for name, value in right.items() if name in self.scheduler.config}
 
@@ -3283,7 +3289,7 @@ class DifferenceInversionPipeline(
         return (batch_size, self.unet.config.in_channels, *(side // self.vae_scale_factor for side in size))
 
     def _ddim_inversion(self, latents, condition, num_inference_steps: int, num_steps: int) -> torch.Tensor:
-        """Walks latents (batch, ...) up the first `num_steps` of the deterministic path on which DDIM comes down.
+        """Takes latents (batch, ...) up the first `num_steps` of the deterministic path that DDIM follows down.
 
         Returns the path downwards, (num_steps + 1, batch, ...).
         """
@@ -3298,13 +3304,13 @@ class DifferenceInversionPipeline(
     def _ddpm_inversion(
         self, latents, condition, scheduler, timesteps, eta: float, generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A path of noised latents down to `latents` (steps + 1, batch, ...), and for each step the noise (steps, batch, ...)
-        that leads from one point of the path to the next, at this `eta`.
+        """A path of noised latents down to `latents`, (steps + 1, batch, ...), and the noise of each step, (steps,
+        batch, ...), that leads from one point of the path to the next at this `eta`.
 
         "An Edit Friendly DDPM Noise Space" (Huberman-Spiegelglas et al., 2024): the query is noised independently for
-        every step, and the steps' own noises are then solved for. They carry its layout, also under another prompt.
+        every step, and each step's noise is then solved for. These noises carry its layout, even under another prompt.
         """
-        latents = latents.float()  # noises are small differences divided by small numbers
+        latents = latents.float()  # step noises are small differences divided by small numbers
 
         def noised(t: torch.Tensor) -> torch.Tensor:
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -3322,7 +3328,7 @@ class DifferenceInversionPipeline(
     def _predictions_along(
         self, path: list[torch.Tensor], timesteps: torch.Tensor, condition: _Condition
     ) -> Iterator[torch.Tensor]:
-        """The UNet's predictions (batch, ...) at each place of a path that is known beforehand, several at a time."""
+        """The UNet's predictions (batch, ...) at each point of a known path, several at a time."""
         several = max(1, MOST_AT_ONCE // len(path[0]))
         with self.progress_bar(total=len(path)) as progress_bar:
             for latents, t in zip(_chunks(path, several), timesteps.split(several), strict=True):
@@ -3342,10 +3348,10 @@ class DifferenceInversionPipeline(
         callback: Optional[Callable],
         tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
-        """Draws latents (batch, ...) under a mixture of prompts.
+        """Denoises latents (batch, ...) under a mixture of prompts.
 
-        With fixed noises each step adds its own of them, and else what the scheduler draws. Where the mask (batch, 1,
-        height, width) is false, each step ends on the query's own path.
+        Each step adds its fixed noise if there is one, and otherwise what the scheduler draws. Where the mask (batch,
+        1, height, width) is false, each step ends on the query's own path.
         """
         latents, scheduler, timesteps = start.latents, start.scheduler, start.timesteps
         accepted = inspect.signature(scheduler.step).parameters
@@ -3384,13 +3390,13 @@ class DifferenceInversionPipeline(
     def _call_back(
         self, callback: Callable, tensor_inputs: Sequence[str], i: int, t: torch.Tensor, latents, guidance: _Guidance
     ) -> tuple[torch.Tensor, _Guidance]:
-        """The latents and the prompts as a user's callback leaves them."""
+        """Lets a user's callback change the latents and the prompts; returns both."""
         condition, baseline = guidance.stages[-1], guidance.baseline
         negative = {f"negative_{name}": embeds for name, embeds in vars(baseline).items()}
         known, guidance_scale = {"latents": latents, **vars(condition), **negative}, self._guidance_scale
         changed = callback(self, i, t, {name: known[name] for name in tensor_inputs}) or {}
         if self._guidance_scale == 0 != guidance_scale:
-            # Diffusers' callbacks mean the prompt alone by 0, and not the baseline.
+            # By 0, diffusers' callbacks mean the prompt alone, which here is 1; 0 would be the baseline.
             self._guidance_scale = 1.0
         known |= changed
         if changed.keys() & vars(condition).keys():
@@ -3400,7 +3406,7 @@ class DifferenceInversionPipeline(
         return known["latents"], replace(guidance, stages=[*guidance.stages[:-1], condition], baseline=baseline)
 
     def _guided(self, inputs, t, guidance: _Guidance) -> torch.Tensor:
-        """The mixture of the UNet's predictions (batch, ...)."""
+        """The weighted sum of the UNet's predictions (batch, ...)."""
         weights, conditions = zip(*guidance.weights(self.guidance_scale), strict=True)
         together = conditions[0]
         for condition in conditions[1:]:
@@ -3421,11 +3427,11 @@ class DifferenceInversionPipeline(
         has_query: bool,
         replace_phrases: bool,
     ) -> _Guidance:
-        """What the UNet is told, one a prompt each.
+        """The conditions for the UNet with their shares, batched over the prompts.
 
-        A scale says how far to go from what the UNet predicts under the prompts without a difference to what it predicts
-        under them with it. (The text encoder normalises rows, so that a shorter row is not a smaller change.) Of several
-        differences the one with the greatest scale comes first, and each counts for as far as its own scale reaches.
+        A scale says how far to move from the UNet's prediction without the difference to its prediction with it.
+        (Shorter rows would not be a smaller change, because the text encoder normalises them.) Several differences
+        apply by decreasing scale: the stage with the first k has a share of scale k minus scale k + 1.
         """
         ways = [self._way(difference, scale, replace_phrases) for difference, scale in differences]
         ways = sorted(ways, key=lambda way: -way.degree)
@@ -3447,7 +3453,7 @@ class DifferenceInversionPipeline(
         return _Guidance(stages, shares, own, self._zeros_or_empty(baseline) if nothing_negative else baseline)
 
     def _way(self, difference: DifferenceTokens, scale: float, replace_phrases: bool) -> _Way:
-        """What a difference says, forwards or, with a negative scale, backwards."""
+        """How a difference is applied at a scale; a negative scale reverses it."""
         lost, gained = (
             [phrase for phrase in difference.metadata.get(name, "").splitlines() if phrase.strip()]
             for name in ("lost_phrases", "gained_phrases")
@@ -3456,18 +3462,18 @@ class DifferenceInversionPipeline(
         if scale < 0:
             lost, gained = gained, lost
         backwards = (scale < 0) != (difference.metadata.get("negated") == "True")
-        if backwards and (lost or gained):  # the words are known, and negated rows say less well what they mean
+        if backwards and (lost or gained):  # use the known words, which negated rows express less well
             rows = self._word_rows(gained, self._room())
         elif scale < 0:
             rows = -rows
-        if not rows.any():  # rows of zeros are not nothing to a text encoder
+        if not rows.any():  # zero rows would still affect a text encoder
             rows = rows[:0]
         return _Way(rows, lost if replace_phrases and scale else [], abs(scale))
 
     def _along(self, prompts: list[str], ways: list[_Way], active: int) -> _Condition:
-        """What the UNet is told of prompts after the first `active` of the changes, and before the others.
+        """Conditioning for prompts with the first `active` changes made, and the others still to come.
 
-        A change takes its own phrases out of the prompts. What has not yet changed is said at the end, where the tokens
+        The changes' phrases are taken out of the prompts. Those of later changes are said at the end, where the tokens
         will stand.
         """
         phrases = [phrase for way in ways for phrase in way.phrases]
@@ -3494,9 +3500,9 @@ class DifferenceInversionPipeline(
         generator,
         latents: Optional[torch.Tensor],
     ) -> _Start:
-        """Where denoising begins: at the queries, inverted or noised, or at noise."""
+        """Where denoising starts: at the queries, inverted or noised, or at noise."""
         device, dtype = self._execution_device, self.unet.dtype
-        # A copy, so that neither the caller's scheduler nor its time steps are touched.
+        # A copy, so that the caller's scheduler does not change.
         if inversion is None:
             scheduler = type(self.scheduler).from_config(self.scheduler.config, **self._corrections())
         else:
@@ -3526,7 +3532,7 @@ class DifferenceInversionPipeline(
     def _mask(
         self, mask_image, images: list, size: tuple[int, int], start: _Start, condition: _Condition, source: _Condition
     ) -> Optional[torch.Tensor]:
-        """Where the queries may change, 0 or 1 for each pixel (batch, 1, height, width)."""
+        """Mask of where the queries may change, 0 or 1 for each pixel (batch, 1, height, width)."""
         if mask_image is None:
             return None
         if isinstance(mask_image, str):
@@ -3539,7 +3545,7 @@ class DifferenceInversionPipeline(
         return mask.to(self._execution_device).repeat_interleave(len(start.latents) // len(images), dim=0)
 
     def _changing_places(self, start: _Start, condition: _Condition, source: _Condition) -> torch.Tensor:
-        """How much the difference changes what the UNet sees in the query, by place: (batch, 1, height, width), 0 to 1.
+        """How much the difference changes the UNet's predictions by place, (batch, 1, height, width), 0 to 1.
 
         After DiffEdit (Couairon et al., 2023), on the query's own path instead of fresh noise.
         """
@@ -3554,7 +3560,7 @@ class DifferenceInversionPipeline(
     def _pictures(
         self, latents, mask: Optional[torch.Tensor], own: Optional[torch.Tensor], output_type: str, generator
     ) -> Any:
-        """The answers as pictures, which where the mask is black are the queries' own pixels."""
+        """Decodes the answers; where the mask is black, they get the queries' own pixels."""
         with self._precise_vae():
             latents = latents.to(self.vae.dtype)
             mean, scale = self._latents_statistics(latents)
@@ -3606,57 +3612,54 @@ class DifferenceInversionPipeline(
         Applies a difference to query images: one learned now from `before` and `after`, or a given one.
 
         Args:
-            image: the query image B, or several; PIL images of any mode, arrays or tensors. Left out, `prompt` and the
+            image: the query image B, or several; PIL images of any mode, arrays or tensors. If None, `prompt` and the
                 difference make an image from noise.
             before: A; see [`invert_difference`], which learns from it.
             after: A'.
             difference: difference tokens, the path of a difference file, or a list of them to apply together.
-            difference_scale: how much of the difference, or of each: 0 gives the query back, 1 is the whole change, and
-                values between lie on the way from the one to the other, in latents. (Without a query image they mix what
-                the UNet predicts, as more than 1 does with one, at up to twice the cost.) Negative takes
-                the change back on an image that has it, by the words that the pair lost, which the difference remembers;
-                one without such words is negated (equation 8).
-            learning_kwargs: what else [`invert_difference`] is given: `num_tokens`, `init` and all that [`LearningConfig`] has,
-                and `checkpoint`, `checkpointing_steps` and `callback_on_optimization_step`.
-            replace_phrases: leave out of the query's prompt the words that the pair lost, so that the tokens need not
-                contradict them, and describe the query as it is by them. Differences remember these words, as
+            difference_scale: how much of the difference, or of each: 0 returns the query, 1 is the whole change, and
+                values between interpolate in latents. (Without a query image they mix the UNet's predictions, as
+                values above 1 do with one, at up to twice the cost.) Negative values undo the change on an image that
+                has it, with the words that the pair lost; a difference without such words is negated (equation 8).
+            learning_kwargs: other arguments of [`invert_difference`]: `num_tokens`, `init` and all of
+                [`LearningConfig`], and `checkpoint`, `checkpointing_steps` and `callback_on_optimization_step`.
+            replace_phrases: remove the words that the pair lost from the query's prompt, so that the tokens need not
+                contradict them, and use them to describe the query as it is. Differences store these words as
                 `metadata["lost_phrases"]`.
-            complete_prompts: add words to the query's prompt for what it leaves unsaid, so that this stays as it is: those
-                of CLIP's nearest with which the UNet draws the query better. It needs a CLIP, and is left out without
-                one, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts. Learning does as this says, unless
-                `learning_kwargs` says otherwise.
-            prompt: describes the query, one for each image. Left out, the captioner writes it.
-            source_prompt: describes the query where `prompt` asks for another picture; by default `prompt` describes it.
-                With both, no difference is needed: the query is redrawn by the words alone.
+            complete_prompts: add words to the query's prompt for what it leaves out, so that this stays unchanged.
+                CLIP proposes them, and those with which the UNet draws the query better are taken. Skipped without a
+                CLIP, or if `source_prompt` is given. Ours, in place of the paper's PEZ prompts. Learning's default.
+            prompt: describes the query, one for each image. If None, the captioner writes it.
+            source_prompt: describes the query if `prompt` asks for another picture; by default `prompt` describes it.
+                With both, no difference is needed: the words alone change the query.
             before_prompt, after_prompt: describe `before` and `after`.
-            negative_prompt: what guidance leads away from. By default the query's own prompt, so that guidance acts on
-                the difference alone, or the empty prompt where there is no query image. Without effect at a
-                `guidance_scale` of 1.
-            negative_difference: difference tokens, likewise, that guidance leads away from, after the negative prompt.
-            mask_image: where the query may change, white or true, and black or false where it stays to the pixel: an image,
-                a matrix, or a list of one for each query, of any size. `"auto"` takes the places in which the difference changes
-                most of what the UNet sees.
-            height, width: of the answer, in pixels, and of the pair that is learned from; by default their own, in
-                whole latents.
+            negative_prompt: what guidance leads away from. Defaults to the query's own prompt, so that guidance acts
+                on the difference alone, or to the empty prompt if there is no query image. No effect at
+                `guidance_scale` 1.
+            negative_difference: difference tokens that guidance leads away from, appended to the negative prompt.
+            mask_image: where the query may change (white or true) and where its pixels stay (black or false): an
+                image, a matrix, or a list with one for each query, of any size. `"auto"`: where the difference changes
+                the UNet's predictions most.
+            height, width: size of the answer and of the pair, in pixels; defaults to their own, in whole latents.
             num_inference_steps: steps of inversion and of denoising.
-            guidance_scale: how far to go from the baseline's prediction to the changed one: 1 is as far as the model
-                says, and drawn with half the UNet's work; more exaggerates. By default 1 for a query image and 7.5
-                for text to image.
-            inversion: how the query becomes the starting point. `"ddpm"` finds noises for each step that lead back to
-                it, and keeps its layout best while the rest changes; `"ddim"` retraces DDIM's own path, without chance;
-                `"sdedit"` adds noise; None starts from `latents` or from noise.
+            guidance_scale: how far to go from the baseline's prediction to the changed one. 1 is as far as the model
+                says, with half the UNet's work; more exaggerates. Defaults to 1 for a query image and 7.5 for text to
+                image.
+            inversion: how the query becomes the starting point. `"ddpm"` finds the noise of each step that leads back
+                to it, which keeps its layout best while the rest changes. `"ddim"` follows DDIM's own path back,
+                without randomness. `"sdedit"` adds noise. None starts from `latents` or from noise.
             strength: how far up the schedule the query is taken, above 0 to 1; less keeps more of it.
-            eta: how much of each step is noise, 0 (DDIM) to 1 (DDPM). By default 0.5 for `inversion="ddpm"`, which
-                needs some, and 0 otherwise.
-            num_images_per_prompt: answers for each query; they differ where noise is drawn.
+            eta: how much of each step is noise, 0 (DDIM) to 1 (DDPM). Defaults to 0.5 for `inversion="ddpm"`, which
+                needs some, and to 0 otherwise.
+            num_images_per_prompt: answers for each query; they differ if noise is drawn.
             generator: makes results repeatable; a list has one for each answer.
             latents: to start from with `inversion=None`, (batch, channels, height / factor, width / factor).
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict: whether to return a [`DifferenceInversionPipelineOutput`] or a tuple.
-            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each denoising step; tensors
-                in the dictionary that it returns replace the pipeline's.
-            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it gets,
-                and of SDXL's `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each denoising step;
+                tensors in the dictionary that it returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds` and `negative_prompt_embeds` it
+                gets, and of SDXL's `pooled_prompt_embeds` and `negative_pooled_prompt_embeds`.
 
         Examples:
 
@@ -3664,7 +3667,7 @@ class DifferenceInversionPipeline(
             [`DifferenceInversionPipelineOutput`] with `images` and `difference`, or the two as a tuple.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: for arguments that cannot be used, by name, before any model runs.
+            ValueError, TypeError, FileNotFoundError: for invalid arguments, by name, before any model runs.
         """
         # 1. Check everything before any model runs
         if hasattr(callback_on_step_end, "tensor_inputs"):
@@ -3715,19 +3718,19 @@ class DifferenceInversionPipeline(
             learned = self.invert_difference(befores, afters, generator=generator, **learning)
             self.interrupted_difference = learned  # until the call has ended
             if self._stopped:
-                raise KeyboardInterrupt("What was learned is `pipe.interrupted_difference`.")
+                raise KeyboardInterrupt("The difference learned so far is `pipe.interrupted_difference`.")
             differences = self._resolve_difference(learned, difference_scale)
         applied = sum((d for d, _ in differences[1:]), differences[0][0]) if differences else None
         self._interrupt, self._guidance_scale = False, guidance_scale
 
-        # 4. Words for what the queries' prompts leave unsaid
+        # 4. Words for what the queries' prompts leave out
         size = self._common_size(images, "image", height, width)
         queries = self._encode_images(images, "image", size) if images else None
         if images and complete_prompts and source_prompt is None:
             ways = [self._way(d, scale, replace_phrases) for d, scale in differences]
             prompts = self._completed(prompts, images, queries, [phrase for way in ways for phrase in way.phrases])
 
-        # 5. What the UNet is told: the query's prompt with the difference, its own, and what guidance leads away from
+        # 5. Conditioning: the query's prompt with the difference, without it, and what guidance leads away from
         guidance = self._conditions(
             prompts,
             source_prompt=source_prompt,
@@ -3738,7 +3741,7 @@ class DifferenceInversionPipeline(
             replace_phrases=replace_phrases,
         )
 
-        # 6. Where denoising begins
+        # 6. Where denoising starts
         randomness = {"eta": eta, "generator": generator}
         copies = num_images_per_prompt
         start = self._begin(queries, guidance.own, size=size, copies=copies, latents=latents, **way_up, **randomness)

@@ -29,6 +29,9 @@ from pipeline_difference_inversion import (
         ("a tent with a moon, painting", "a tent, painting", "a tent, painting"),
         ("a tent with a moon", "a boat with a star", ""),  # function words alone say nothing
         ("<my-cat> on snow", "on snow, <my-cat>", "<my-cat> on snow"),
+        ("a tent with a moon, painting", "a tent without a moon, painting", "a tent, painting"),
+        ("a tent in snow, no red moon", "a tent with a red moon in snow", "a tent in snow"),
+        ("not a tent but a boat", "a tent and a boat", "a boat"),
         ("", "a tent", ""),
     ],
 )
@@ -39,6 +42,8 @@ def test_the_shared_prompt_is_what_both_prompts_say_in_any_order(before, after, 
 def test_unshared_words_say_something_and_stand_in_one_prompt_only():
     assert unshared_words("a photo of a Red boat, red!", "a boat at night") == ["photo", "red"]
     assert unshared_words("a boat", "the boat") == []
+    assert unshared_words("a boat with a moon", "a boat without a moon") == ["moon"]
+    assert unshared_words("a boat without a moon", "a boat with a moon") == []
 
 
 # ---------------------------------------------------------------------------------------- the search, on a toy world
@@ -218,6 +223,14 @@ def test_without_captions_the_change_is_found_beside_what_clip_sees_in_both_pict
     pair = {"before": render(before), "after": render(dataclasses.replace(before, **change))}
     metadata = find(storybook, pair, "silent").metadata
     assert (metadata["lost_phrases"], metadata["gained_phrases"]) == (lost, gained)
+
+
+def test_what_a_caption_denies_is_not_taken_for_what_both_pictures_show(storybook):
+    before = Scene("cabin", "red", "grass", "day", "balloon", "painting", **LAYOUT)
+    pair = {"before": render(before), "after": render(dataclasses.replace(before, extra="nothing"))}
+    prompts = {"before_prompt": "a red cabin with a balloon", "after_prompt": "a red cabin without a balloon"}
+    metadata = storybook.invert_difference(**pair, **prompts, num_optimization_steps=0, generator=seeded()).metadata
+    assert (metadata["lost_phrases"], metadata["gained_phrases"]) == ("balloon", "")
 
 
 def test_what_the_pair_lost_is_no_news_of_the_query(storybook, grass_to_desert):
