@@ -143,6 +143,7 @@ FUNCTION_WORDS = frozenset(
     "something nothing".split()
 )
 NEGATIONS, ARTICLES = frozenset(("no", "not", "without")), frozenset(("a", "an", "any", "the"))
+PREPOSITIONS = frozenset(("at", "by", "from", "in", "on", "to", "with"))
 # Spread of random initial tokens, in standard deviations of the vocabulary. See RESULTS.md.
 RANDOM_INIT_SCALE = 1.0
 QUESTION = "Describe this image in one short sentence."  # asked of chat captioners
@@ -318,7 +319,7 @@ def _says_something(word: str) -> bool:
 
 
 def said_words(prompt: str) -> list[str]:
-    """A prompt's words and signs, but for what it denies: "a man without a red hat in snow" has no hat, and nothing red."""
+    """A prompt's words and signs, except what it denies: "a man without a red hat in snow" says nothing of a hat."""
     words, denied = [], False
     for word in split_words(prompt):
         denied = word in NEGATIONS or (denied and (_says_something(word) or word in ARTICLES))
@@ -328,9 +329,10 @@ def said_words(prompt: str) -> list[str]:
 
 
 def unshared_words(prompt: str, other: str) -> list[str]:
-    """The content words that only the first of two prompts says, once each, in its order."""
+    """The content words that only the first of two prompts says, once each, in its order; or else its prepositions."""
     known = set(said_words(other))
-    return [word for word in dict.fromkeys(said_words(prompt)) if _says_something(word) and word not in known]
+    own = [word for word in dict.fromkeys(said_words(prompt)) if word not in known]
+    return [word for word in own if _says_something(word)] or [word for word in own if word in PREPOSITIONS]
 
 
 def shared_prompt(before: str, after: str) -> str:

@@ -46,6 +46,18 @@ def test_unshared_words_say_something_and_stand_in_one_prompt_only():
     assert unshared_words("a boat without a moon", "a boat with a moon") == []
 
 
+@pytest.mark.parametrize(
+    "before, after, lost, gained",
+    [
+        ("a lamp that is off", "a lamp that is on", "off", "on"),
+        ("a dog on a table", "a dog under a table", "on", "under"),
+        ("a cat in the box", "a cat on a box", "in", "on"),
+    ],
+)
+def test_a_preposition_counts_where_it_is_all_that_a_prompt_has_of_its_own(before, after, lost, gained):
+    assert (unshared_words(before, after), unshared_words(after, before)) == ([lost], [gained])
+
+
 # ---------------------------------------------------------------------------------------- the search, on a toy world
 
 LOUDNESS = {"castle": 0.5, "cabin": 0.5, "storm": 0.04, "day": 0.04, "red": 0.2, "tall": 0.3}
