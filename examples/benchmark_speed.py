@@ -93,7 +93,7 @@ def pictures(pipe: DifferenceInversionPipeline, size: int | None) -> tuple[Image
 def learn(pipe: DifferenceInversionPipeline, options: argparse.Namespace, after_step: Callable, steps: int) -> None:
     """The default way to learn, from words that are known: `after_step` is called after each step."""
     before, after, _ = pictures(pipe, options.size)
-    settings = {"num_optimization_steps": steps, "lambda_clip": 0.01 if pipe.clip is not None else 0.0}
+    settings = {"num_optimization_steps": steps} | ({} if pipe.clip is not None else {"lambda_clip": 0.0})
     pipe.invert_difference(
         before, after, **PAIR, **settings, callback_on_optimization_step=lambda *_: after_step(), generator=seeded()
     )

@@ -77,7 +77,7 @@ def read_job(number: int, line: str, folder: Path) -> Job:
     elif Path(job.name).name != job.name:
         job.fault = f"`name` is {job.name!r}; it becomes a file's name, without a folder"
     else:
-        job.said = said | {name: str(folder / said[name]) for name in PICTURES}
+        job.said = said | {name: str(folder / str(said[name])) for name in PICTURES}
     return job
 
 

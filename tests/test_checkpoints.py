@@ -162,7 +162,7 @@ def wait_for_a_write(process, path) -> None:
 
 def test_kills_at_any_moment_lose_nothing(pair, tmp_path):
     """Each process goes on where the last one was killed, and the tokens are those of one that was left alone."""
-    path, processes, delays, steps = tmp_path / "c", multiprocessing.get_context("fork"), random.Random(0), 20 * KILLS
+    path, processes, delays, steps = tmp_path / "c", multiprocessing.get_context("fork"), random.Random(0), 40 * KILLS
     expected, reached = rows_of(learn(build_pipeline(), pair, steps=steps)), 0
     for life in range(KILLS):
         process = processes.Process(target=learn_and_die, args=(path, pair, steps))

@@ -40,7 +40,7 @@ from conftest import build_clip, build_pipeline, build_tokenizer
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import load_image
 from PIL import Image
-from questions import draw_questions
+from questions import draw_questions, with_fillers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scores import clip_near_misses, clip_restated
@@ -509,12 +509,25 @@ def test_evaluate_says_what_is_wrong_with_a_list_of_triplets(tmp_path, line, com
     assert complaint in str(stopped.value)
 
 
+@pytest.mark.parametrize(
+    "kind, value", [("ground", "snow"), ("sky", "night"), ("color", "yellow"), ("subject", "boat")]
+)
+def test_tokens_that_no_prompt_explains_begin_at_the_word_for_what_changed(storybook, kind, value):
+    scene = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
+    pair = {"before": render(scene), "after": render(dataclasses.replace(scene, **{kind: value}))}
+    settings = {"num_optimization_steps": 0, "generator": torch.Generator().manual_seed(0)}
+    difference = storybook.invert_difference(**pair, before_prompt="", after_prompt="", **settings)
+    (row,) = difference.embeddings["<difference>"]
+    table = storybook.text_encoder.get_input_embeddings().weight
+    assert storybook.tokenizer.decode(torch.cdist(row[None], table).argmin()).strip() == value
+
+
 def test_the_unet_finds_words_for_a_picture_that_clip_does_not_miss(storybook):
-    """Of the 24 attributes of four pictures, 16 were named without its revisions, and 19 with four of them."""
+    """Of the 24 attributes of four pictures, 16 were named without its revisions, and 19 with them."""
     rng = random.Random("words")
     scenes = [random_scene(rng) for _ in range(4)]
     named = []
-    for revisions in (0, 2):
+    for revisions in (0, 4):
         options = {"num_steps": 40, "num_revisions": revisions, "generator": torch.Generator().manual_seed(0)}
         said = [set(prompt.split()) for prompt in storybook.hard_prompts(list(map(render, scenes)), **options)]
         pairs = list(zip(said, scenes, strict=True))
@@ -522,14 +535,17 @@ def test_the_unet_finds_words_for_a_picture_that_clip_does_not_miss(storybook):
     assert named[1] > named[0], named
 
 
-def test_prompts_of_pez_take_what_was_gained_and_what_was_lost_from_the_pictures(storybook):
+@pytest.mark.parametrize("kind, value, lost", [("sky", "night", "day"), ("subject", "tent", "castle")])
+def test_prompts_of_pez_take_what_was_gained_and_what_was_lost_from_the_pictures(storybook, kind, value, lost):
     before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
-    pair = {"before": render(before), "after": render(dataclasses.replace(before, subject="tent"))}
+    pair = {"before": render(before), "after": render(dataclasses.replace(before, **{kind: value}))}
     said = storybook.hard_prompts([*pair.values()], num_steps=20, generator=torch.Generator().manual_seed(0))
     pair |= dict(zip(("before_prompt", "after_prompt"), said, strict=True))
     options = {"num_optimization_steps": 1, "generator": torch.Generator().manual_seed(0)}
-    metadata = storybook.invert_difference(**pair, **options).metadata
-    assert metadata["lost_phrases"] == "castle" and metadata["gained_phrases"].splitlines()[0] == "tent"
+    difference = storybook.invert_difference(**pair, **options)
+    assert difference.metadata["lost_phrases"] == lost
+    # The night's castle may pass for a cabin, which a prompt of PEZ's says.
+    assert difference.metadata["gained_phrases"].splitlines()[0] == value
 
 
 def test_words_are_kept_although_their_way_back_is_worse_than_that_of_no_tokens(storybook):
@@ -567,6 +583,23 @@ def from_day_to_night(pipe, before_prompt: str, after_prompt: str):
     return pipe.invert_difference(
         **pair, num_optimization_steps=0, lambda_clip=0, generator=torch.Generator().manual_seed(0)
     )
+
+
+@pytest.mark.parametrize(
+    "before_prompt, after_prompt",
+    [
+        ("a red castle by day", "grass, painting"),
+        (describe(dataclasses.replace(DAY, color="blue")), describe(NIGHT)),
+        (describe(DAY), describe(dataclasses.replace(NIGHT, ground="snow"))),
+        (with_fillers(describe(DAY), ("a photo of", "")), with_fillers(describe(NIGHT), ("arafed", "up close"))),
+    ],
+    ids=["loose", "before is wrong", "after is wrong", "fillers"],
+)
+def test_the_words_of_a_difference_are_what_changed_whatever_else_the_prompts_say(
+    storybook, before_prompt, after_prompt
+):
+    metadata = from_day_to_night(storybook, before_prompt, after_prompt).metadata
+    assert (metadata["lost_phrases"], metadata["gained_phrases"]) == ("day", "night")
 
 
 def test_all_parts_of_storybook_load_in_one_type():
@@ -644,17 +677,18 @@ def test_a_change_is_learned_from_random_rows_under_loose_captions(storybook):
 
 
 @pytest.mark.parametrize(
-    "model, kinds", [("storybook", ("subject", "extra", "style")), ("storybook_xl", ("color", "sky"))]
+    "model, kinds, least", [("storybook", tuple(ATTRIBUTES), 4), ("storybook_xl", ("color", "sky", "style"), 2)]
 )
-def test_learned_differences_change_other_pictures(model, kinds, request):
-    """Answers are nearer to the right picture than to the query."""
-    pipe, rng = request.getfixturevalue(model), random.Random("transfer")
+def test_learned_differences_change_other_pictures(model, kinds, least, request):
+    """Answers are nearer to the right picture than to the query; all were when it was written."""
+    pipe, rng, nearer = request.getfixturevalue(model), random.Random("transfer"), []
     for kind in kinds:
         analogy = random_analogy(rng, kind)
         pair = {name: render(getattr(analogy, name)) for name in ("before", "after")}
         unchanged = dataclasses.replace(analogy, target=analogy.query)
         answer = answer_to(pipe, analogy, **pair)
-        assert judge(answer, analogy).psnr > judge(answer, unchanged).psnr, kind
+        nearer.append(judge(answer, analogy).psnr > judge(answer, unchanged).psnr)
+    assert sum(nearer) >= least, nearer
 
 
 def stock_storybook(pipe, difference: Path) -> DiffusionPipeline:
