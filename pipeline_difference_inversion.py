@@ -38,7 +38,7 @@ import tempfile
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
@@ -1225,7 +1225,8 @@ class _Condition:
 
     def repeat(self, count: int) -> "_Condition":
         """Each prompt `count` times in a row."""
-        return self.each(lambda embeds: embeds.repeat_interleave(count, dim=0))
+        # A copy, since `torch.compile` compiles anew for a view of another shape.
+        return self.each(lambda embeds: embeds.repeat_interleave(count, dim=0).clone())
 
     def tile(self, count: int) -> "_Condition":
         """The whole batch `count` times."""
@@ -1448,6 +1449,7 @@ class Learner:
 
     - `predict(latents, prompts, rows, draw)`: the UNet's predictions for latents (images, channels, height, width),
       each with its prompt and rows (num_tokens, dim), and targets, both (images, samples, channels, height, width).
+      A single prompt, with its rows, is for all of them.
     - `clip_features(tokens)`: each CLIP's text embedding (dim,) of the tokens alone.
     - `draw(latents, samples, generator, jitter, stretch)`: noises and time steps for such latents.
 
@@ -1550,8 +1552,8 @@ class Learner:
 
     def _contrast_errors(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
         """The UNet's errors on A and A' (2, samples), weighted by change, under the same prompt and tokens."""
-        prompts = [shared_prompt(*pair.prompts)] * 2
-        prediction, target = self.predict(torch.cat(pair.latents), prompts, tokens.expand(2, -1, -1), draw)
+        prompt = shared_prompt(*pair.prompts)
+        prediction, target = self.predict(torch.cat(pair.latents), [prompt], tokens[None], draw)
         return weighted_errors(prediction, target, pair.weights)
 
     def _token_consistency_loss(self, tokens: torch.Tensor, pair: Pair, draw: _Draw) -> torch.Tensor:
@@ -1805,8 +1807,22 @@ class DifferenceInversionPipeline(
         """How noise was added in the model's training; the user's scheduler may follow another convention."""
         return self._found_once("schedule", partial(DDPMScheduler.from_config, self.scheduler.config))
 
+    @property
+    def _unet_dtype(self) -> torch.dtype:
+        """The UNet's dtype, cached: diffusers looks through all of a model's modules for it."""
+        return self._found_once("dtype", lambda: self.unet.dtype)
+
     def _models(self) -> list[torch.nn.Module]:
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    def _bar(self, name: str, iterable: Optional[Iterable] = None, total: Optional[float] = None) -> Any:
+        """Diffusers' progress bar with a name, which `set_progress_bar_config(desc=...)` overrides."""
+        config = dict(getattr(self, "_progress_bar_config", {}))
+        self.set_progress_bar_config(**{"desc": name} | config)
+        try:
+            return self.progress_bar(iterable, total)
+        finally:
+            self.set_progress_bar_config(**config)
 
     def _make_room(self, *models: torch.nn.Module) -> None:
         """Under `enable_model_cpu_offload`, keeps only these models on the device.
@@ -2332,10 +2348,12 @@ class DifferenceInversionPipeline(
         self._check_captioner()
         pictures = [self._to_pil(image) for image in as_pictures(images, "images")]
         processor = self.captioner_processor
-        with frozen(self.captioner):
+        with frozen(self.captioner), self._bar("Captioning", total=len(pictures)) as progress_bar:
             if not getattr(processor, "chat_template", None):
                 text = {} if question is None else {"text": [question] * len(pictures)}
-                return self._generated(processor(images=pictures, **text, return_tensors="pt"), max_new_tokens)
+                captions = self._generated(processor(images=pictures, **text, return_tensors="pt"), max_new_tokens)
+                progress_bar.update(len(pictures))
+                return captions
             captions = []  # one by one: pictures differ in token count, so answers start at different places
             for picture in pictures:
                 content = [{"type": "image", "image": picture}, {"type": "text", "text": question or QUESTION}]
@@ -2344,6 +2362,7 @@ class DifferenceInversionPipeline(
                     [{"role": "user", "content": content}], add_generation_prompt=True, **options
                 )
                 captions += self._generated(inputs, max_new_tokens, start=inputs["input_ids"].shape[1])
+                progress_bar.update()
         return captions
 
     def _generated(self, inputs: Any, max_new_tokens: int, start: int = 0) -> list[str]:
@@ -2411,7 +2430,7 @@ class DifferenceInversionPipeline(
             optimizer = torch.optim.AdamW([rows], lr=learning_rate, weight_decay=0.1)
             best = torch.full((len(target),), -2.0, device=words.device)
             found = start
-            for _ in self.progress_bar(range(num_steps)):
+            for _ in self._bar("Finding hard prompts", range(num_steps)):
                 with torch.enable_grad(), self._weights_kept():
                     hard, nearest = vocabulary.project(rows)
                     cosines = (self._clip_row_features(encoder, hard) * target).sum(-1)
@@ -2463,7 +2482,7 @@ class DifferenceInversionPipeline(
                     _written(self.tokenizer, version) for version in versions[start : start + NUM_REVISION_SAMPLES]
                 ]
                 rows = self._rows(None).expand(len(prompts), -1, -1)
-                prediction, target = self._predict(latents.expand(len(prompts), -1, -1, -1), prompts, rows, draw)
+                prediction, target = self._predict(latents, prompts, rows, draw)
                 found += (prediction - target).square().flatten(1).mean(1).tolist()
             return found
 
@@ -2546,7 +2565,7 @@ class DifferenceInversionPipeline(
             with inserted_rows(encoder.model.get_input_embeddings(), slots, part):
                 outputs.append(encoder.model(input_ids, **options))
         # Prompts can be encoded without a UNet.
-        dtype = self.text_encoder.dtype if self.unet is None else self.unet.dtype
+        dtype = self.text_encoder.dtype if self.unet is None else self._unet_dtype
         if not is_xl:
             return _Condition(outputs[0][0].to(dtype))
         # SDXL takes each encoder's next-to-last layer, and the second one's pooled output.
@@ -2625,6 +2644,13 @@ class DifferenceInversionPipeline(
             own = image_size(image)
             if own != size:
                 logger.warning("`%s` is %d×%d (height by width) and is resized to %d×%d.", name, *own, *size)
+        native = self._native_size(*size)
+        if name != "after" and all(native) and not 0.5 <= math.prod(size) / math.prod(native) <= 2:
+            logger.warning(
+                "`%s` is used at %d×%d (height by width), and the model was trained at %d×%d: what it draws may be poor. "
+                "Crop the image, or give a `height` and a `width`.",
+                *(name, *size, *native),
+            )
         with self._precise_vae():
             pixels = self._pixels(images, size).to(self._execution_device, self.vae.dtype)
             latents = retrieve_latents(self.vae.encode(pixels), sample_mode="argmax")  # small VAEs are deterministic
@@ -2898,12 +2924,20 @@ class DifferenceInversionPipeline(
             return [], []
         if config.init != "words":
             return [], []
-        has_clip = bool(self._encoders_with_clip()) and self.clip_processor is not None
-        choosing, verifying = (
-            self._evidence(pairs, self._draw(pairs[0].before_latents, n, generator, False, EVIDENCE_TIMESTEPS))
-            for n in (NUM_EVIDENCE_SAMPLES, NUM_VERIFICATION_SAMPLES)
-        )
+        draws = [
+            self._draw(pairs[0].before_latents, samples, generator, False, EVIDENCE_TIMESTEPS)
+            for samples in (NUM_EVIDENCE_SAMPLES, NUM_VERIFICATION_SAMPLES)
+        ]
+        with self._bar("Trying words", total=math.inf) as progress_bar:
+            choosing, verifying = (self._evidence(pairs, draw, progress_bar) for draw in draws)
+            return self._search_words(pairs, config.num_tokens, choosing=choosing, verifying=verifying)
+
+    def _search_words(
+        self, pairs: list[Pair], most: int, *, choosing: Callable, verifying: Callable
+    ) -> tuple[list[str], list[str]]:
+        """Up to `most` words that the pairs lost and gained, chosen and verified by the UNet's errors."""
         search = WordSearch(choosing)
+        has_clip = bool(self._encoders_with_clip()) and self.clip_processor is not None
         if has_clip:
             search.shared = self._shared_words(pairs)
         said = [
@@ -2913,10 +2947,8 @@ class DifferenceInversionPipeline(
         nearest = ([], [])
         if has_clip:
             said, nearest = self._words_along_the_delta(said, pairs)
-        search.run(
-            [*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=config.num_tokens
-        )
-        search.look_again([words[:NUM_LIKELY] for words in nearest], most=config.num_tokens)
+        search.run([*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=most)
+        search.look_again([words[:NUM_LIKELY] for words in nearest], most=most)
         if any(search.found):
             search.verify(verifying)
         search.order(pairs[0].prompts)
@@ -2945,9 +2977,10 @@ class DifferenceInversionPipeline(
             return torch.cat(cosines, dim=1)
 
         said = {word for prompt in prompts for word in split_words(prompt)}
-        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS | said)
-        nearest = (self._word_features(encoder, words) @ features.T).amin(1) if len(words) else torch.zeros(0)
-        candidates = words[nearest.topk(min(NUM_SHARED_CANDIDATES, len(words))).indices].tolist()
+        words, of_words = self._content_words()
+        nearest = words[(of_words @ features.T).amin(1).argsort(descending=True)].tolist()
+        unsaid = (index for index in nearest if _written(self.tokenizer, [index]) not in said)
+        candidates = list(islice(unsaid, NUM_SHARED_CANDIDATES))
         chosen, reached = [], likeness([[]])
         while candidates and len(chosen) < MOST_SHARED_WORDS:
             found = likeness([[*chosen, word] for word in candidates])
@@ -2980,14 +3013,14 @@ class DifferenceInversionPipeline(
             sorted(words, key=lambda word, sign=sign: sign * likeness_of(word))[:NUM_CAPTION_WORDS]
             for words, sign in zip(said, (1, -1), strict=True)
         ]
-        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
-        if not delta.any() or not len(words):
+        if not delta.any():
             return said, [[], []]
-        likeness, count = self._word_features(encoder, words) @ delta, min(NUM_CLIP_WORDS, len(words))
+        words, of_words = self._content_words()
+        likeness, count = of_words @ delta, min(NUM_CLIP_WORDS, len(words))
         nearest = (words[(sign * likeness).topk(count).indices].tolist() for sign in (-1, 1))
         return said, [[_written(self.tokenizer, [index]) for index in side] for side in nearest]
 
-    def _evidence(self, pairs: list[Pair], draw: _Draw) -> Callable[[list[str], int], torch.Tensor]:
+    def _evidence(self, pairs: list[Pair], draw: _Draw, progress_bar: Any) -> Callable[[list[str], int], torch.Tensor]:
         """The `errors` of a [`WordSearch`] on these pairs, weighted by change, on fixed noises and time steps."""
 
         def errors(phrases: list[str], picture: int) -> torch.Tensor:
@@ -2996,6 +3029,7 @@ class DifferenceInversionPipeline(
                 context = shared_prompt(*pair.prompts)
                 prompts = [f"{context} {phrase}".strip() for phrase in phrases]
                 found.append(self._prompt_errors(prompts, pair.latents[picture], draw, pair.weights))
+            progress_bar.update(len(phrases))
             return torch.cat(found, dim=1)
 
         return errors
@@ -3043,8 +3077,22 @@ class DifferenceInversionPipeline(
         rows = self._embedded([index for ids in read for index in ids if index < known])
         return rows[max(0, len(rows) - num_tokens) :]
 
+    def _content_words(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids of the vocabulary's content words (words,) and the first CLIP's text embeddings of them (words, dim).
+
+        Cached, since Stable Diffusion's tokenizer has 49,408 entries.
+        """
+
+        def find() -> tuple[torch.Tensor, torch.Tensor]:
+            words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
+            return words, self._word_features(self._encoders_with_clip()[0], words)
+
+        return self._found_once("content words", find)
+
     def _word_features(self, encoder: _Encoder, words: torch.Tensor) -> torch.Tensor:
         """CLIP's text embeddings (words, dim) at unit length, one for each word."""
+        if not len(words):
+            return torch.zeros(0, encoder.clip.config.projection_dim, device=words.device)
         parts = encoder.rows(words)[:, None].split(1024)
         return torch.cat([self._clip_row_features(encoder, part) for part in parts])
 
@@ -3069,8 +3117,9 @@ class DifferenceInversionPipeline(
             # The same noises for all images, so that a result does not depend on the rest of the batch.
             noise = torch.Generator().manual_seed(0)
             draw = self._draw(latents[:1].float(), NUM_COMPLETION_SAMPLES, noise, False, EVIDENCE_TIMESTEPS)
-            each = zip(told, proposed, latents.float().split(1), strict=True)
-            added = [self._true_words(prompt, words, own, draw) for prompt, words, own in each]
+            each = list(zip(told, proposed, latents.float().split(1), strict=True))
+            bar = self._bar("Completing prompts", each)
+            added = [self._true_words(prompt, words, own, draw) for prompt, words, own in bar]
         completed = [" ".join(filter(None, [prompt, *words])) for prompt, words in zip(prompts, added, strict=True)]
         for prompt, longer in zip(prompts, completed, strict=True):
             if longer != prompt:
@@ -3092,10 +3141,10 @@ class DifferenceInversionPipeline(
 
     def _unsaid_words(self, encoder: _Encoder, prompts: list[str], images: list) -> list[list[str]]:
         """The vocabulary words nearest to what CLIP sees in each image and its prompt does not say."""
-        words = self._vocabulary_words(fewest_letters=3, but=FUNCTION_WORDS)
+        words, of_words = self._content_words()
         # Otherwise what is already said would come first, and crowd out quieter things.
         unsaid = self._clip_image_features(encoder.clip, images) - 0.5 * self._clip_text_features(encoder, prompts)
-        orders = (unsaid @ self._word_features(encoder, words).T).argsort(descending=True)
+        orders = (unsaid @ of_words.T).argsort(descending=True)
         proposed = []
         for prompt, order in zip(prompts, orders, strict=True):
             said = split_words(prompt)
@@ -3126,7 +3175,7 @@ class DifferenceInversionPipeline(
         found = []
         for some in _chunks(prompts, max(1, MOST_AT_ONCE // len(draw.timesteps))):
             rows = self._rows(None).expand(len(some), -1, -1)
-            prediction, target = self._predict(latents.expand(len(some), -1, -1, -1), some, rows, draw)
+            prediction, target = self._predict(latents, some, rows, draw)
             found.append(weighted_errors(prediction, target, weights))
         return torch.cat(found)
 
@@ -3167,7 +3216,7 @@ class DifferenceInversionPipeline(
                     learner.judge()
                     if checkpoint is not None:
                         checkpoint.write(learner)
-                progress_bar = self.progress_bar(range(learner.step, num_steps))
+                progress_bar = self._bar("Learning", range(learner.step, num_steps))
                 for step in progress_bar:
                     values = learner.take_step()
                     if not math.isfinite(values["loss"]):
@@ -3245,11 +3294,12 @@ class DifferenceInversionPipeline(
     def _predict(self, latents, prompts: list[str], rows, draw: _Draw) -> tuple[torch.Tensor, torch.Tensor]:
         """The UNet's predictions for latents, each with its prompt and rows, and their targets.
 
-        Both are (images, samples, channels, height, width): every image with every noise of the draw.
+        Both are (images, samples, channels, height, width): every image with every noise of the draw. A single image is
+        for all prompts, and a single prompt for all images, so that it is encoded once.
         """
-        images, samples = len(prompts), len(draw.timesteps)
-        condition = self._without_graph(self._condition, prompts, rows).repeat(samples)
-        latents = latents.repeat_interleave(samples, dim=0)
+        images, samples = max(len(latents), len(prompts)), len(draw.timesteps)
+        condition = self._without_graph(self._condition, prompts, rows).repeat(samples * images // len(prompts))
+        latents = latents.expand(images, -1, -1, -1).repeat_interleave(samples, dim=0)
         noise, timesteps = draw.noise.repeat(images, 1, 1, 1), draw.timesteps.repeat(images)
         schedule = self._training_schedule
         prediction = self._unet_output(schedule.add_noise(latents, noise, timesteps), timesteps, condition)
@@ -3261,7 +3311,8 @@ class DifferenceInversionPipeline(
     def _unet_output(self, latents: torch.Tensor, t: torch.Tensor, condition: _Condition) -> torch.Tensor:
         """The UNet's prediction (batch, ...). SDXL also gets size and crop conditioning (no crop)."""
         self._make_room(self.unet)
-        added, latents = None, latents.to(self.unet.dtype)
+        added, latents = None, latents.to(self._unet_dtype)
+        t = t.repeat(len(latents)) if t.ndim == 0 else t  # always one for each: `torch.compile` compiles once
         if condition.pooled_prompt_embeds is not None:
             size = [side * self.vae_scale_factor for side in latents.shape[-2:]]
             time_ids = torch.tensor([*size, 0, 0, *size], device=latents.device, dtype=latents.dtype)
@@ -3298,7 +3349,7 @@ class DifferenceInversionPipeline(
         scheduler = self._deterministic(DDIMInverseScheduler)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         path = [latents]
-        for t in self.progress_bar(scheduler.timesteps[:num_steps]):
+        for t in self._bar("Inverting", scheduler.timesteps[:num_steps]):
             prediction = self._unet_output(path[-1], t, condition)
             path.append(scheduler.step(prediction, t, path[-1]).prev_sample)
         return torch.stack(path[::-1])
@@ -3332,7 +3383,7 @@ class DifferenceInversionPipeline(
     ) -> Iterator[torch.Tensor]:
         """The UNet's predictions (batch, ...) at each point of a known path, several at a time."""
         several = max(1, MOST_AT_ONCE // len(path[0]))
-        with self.progress_bar(total=len(path)) as progress_bar:
+        with self._bar("Inverting", total=len(path)) as progress_bar:
             for latents, t in zip(_chunks(path, several), timesteps.split(several), strict=True):
                 conditions = condition.tile(len(latents))
                 predictions = self._unet_output(torch.cat(latents), t.repeat_interleave(len(path[0])), conditions)
@@ -3370,7 +3421,7 @@ class DifferenceInversionPipeline(
             latents = scheduler.step(prediction, t, latents, **extra).prev_sample
             return latents if mask is None else torch.where(mask, latents, start.path[i + 1])
 
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for i, t in enumerate(self._bar("Drawing", timesteps)):
             if self.interrupt:
                 break
             if start.step_noises is not None:

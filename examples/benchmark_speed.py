@@ -11,12 +11,13 @@ unless `--dtype` says another.
 
 Four tables come out, in Markdown:
 
-1. A learning step, beside the UNet's own forward and backward on the inputs that it had in that step; and a drawing, with
-   the way up to where it begins, beside the UNet's forward on the same inputs. Each is repeated, in turns with the bare
-   UNet, after a first time that does not count: the median, the range, and the ratio of the medians.
+1. A learning step, beside the UNet's own forward and backward on the inputs that it had in that step, without the judging
+   of tokens, which the third table has; and a drawing, with the way up to where it begins, beside the UNet's forward on the
+   same inputs. Each is repeated, in turns with the bare UNet, after a first time that does not count: the median, the
+   range, and the ratio of the medians.
 2. The most memory during each of these, with the weights: of the GPU, or of this process where there is none.
 3. One analogy from its pictures to its answer, by stage, with the latents that each sends through the UNet. A stage
-   inside another counts for itself alone.
+   inside another counts for itself alone. It is the second where the UNet is compiled, so that it is so before.
 4. The machine and the versions.
 """
 
@@ -27,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -41,7 +42,7 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, Learner  # noqa: E402
+from pipeline_difference_inversion import FROM_WORDS, DifferenceInversionPipeline, Learner  # noqa: E402
 
 
 STAGES = {
@@ -69,7 +70,7 @@ def build(options: argparse.Namespace) -> DifferenceInversionPipeline:
     if options.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if options.compile:
-        pipe.unet.compile()
+        pipe.unet = torch.compile(pipe.unet.requires_grad_(False), dynamic=True)
     return pipe
 
 
@@ -93,7 +94,10 @@ def pictures(pipe: DifferenceInversionPipeline, size: int | None) -> tuple[Image
 def learn(pipe: DifferenceInversionPipeline, options: argparse.Namespace, after_step: Callable, steps: int) -> None:
     """The default way to learn, from words that are known: `after_step` is called after each step."""
     before, after, _ = pictures(pipe, options.size)
-    settings = {"num_optimization_steps": steps} | ({} if pipe.clip is not None else {"lambda_clip": 0.0})
+    settings = {} if pipe.clip is not None else {"lambda_clip": 0.0}
+    if options.model in CONFIGS:  # random weights know no words: these are the steps that would follow them
+        settings |= FROM_WORDS | {"init": "random", "complete_prompts": False}
+    settings["num_optimization_steps"] = steps
     pipe.invert_difference(
         before, after, **PAIR, **settings, callback_on_optimization_step=lambda *_: after_step(), generator=seeded()
     )
@@ -180,7 +184,7 @@ def peak_memory(function: Callable, *arguments) -> float:
 
 def time_steps(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Seconds of learning steps, and of the UNet alone on the inputs of each, which takes its turn after it."""
-    steps, bare, started = [], [], []
+    steps, bare, started, count = [], [], [], options.repeats + 2
 
     def after_step() -> None:
         steps.append(now() - started.pop() if started else 0.0)
@@ -188,11 +192,17 @@ def time_steps(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -
         calls.clear()
         with unrecorded(pipe.unet):
             bare.append(seconds(replay, pipe.unet, own))
+        pipe._interrupt = len(steps) == count
         started.append(now())
 
     with recorded(pipe.unet) as calls:
-        learn(pipe, options, after_step, options.repeats + 2)
+        learn(pipe, options, after_step, 4 * (count + 1))  # stopped before tokens are judged, after a quarter of them
     return steps[2:], bare[2:]  # the first has no start, and the second was the first whole one
+
+
+def compiled_before() -> AbstractContextManager:
+    """While open, it is an error to compile anything."""
+    return torch.compiler.set_stance("fail_on_recompile")
 
 
 @contextmanager
@@ -211,7 +221,7 @@ def time_drawing(pipe: DifferenceInversionPipeline, options: argparse.Namespace)
         draw(pipe, options)
     drawn, bare = [], []
     for _ in range(options.repeats):
-        with staged(pipe) as spent:
+        with staged(pipe) as spent, compiled_before():
             draw(pipe, options)
         drawn.append(spent["inversion"][0] + spent["drawing"][0])
         bare.append(seconds(replay, pipe.unet, calls))
@@ -280,26 +290,43 @@ def times_row(name: str, whole: list[float], bare: list[float]) -> list[str]:
     return [name, len(whole), *shown, f"{statistics.median(whole) / statistics.median(bare):.2f}"]
 
 
-def report(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> Iterator[str]:
+def times_table(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> str:
     rows = [
         times_row("a learning step", *time_steps(pipe, options)),
         times_row("drawing", *time_drawing(pipe, options)),
     ]
-    yield table(["", "repeats", "median and range", "the UNet alone", "ratio"], rows)
+    return table(["", "repeats", "median and range", "the UNet alone", "ratio"], rows)
+
+
+def memory_table(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> str:
     with recorded(pipe.unet) as calls:
         learn(pipe, options, lambda: None, 1)
     learned = [call for call in calls if call[2]]
     peaks = {
-        "learning": peak_memory(learn, pipe, options, lambda: None, 2),
+        "learning": peak_memory(learn, pipe, options, lambda: None, 1),
         "the UNet alone, there and back": peak_memory(replay, pipe.unet, learned),
         "drawing": peak_memory(draw, pipe, options),
     }
-    yield table(["most memory, with the weights", "GB"], [[name, f"{peak:.2f}"] for name, peak in peaks.items()])
-    spent = analogy(pipe, options)
+    return table(["most memory, with the weights", "GB"], [[name, f"{peak:.2f}"] for name, peak in peaks.items()])
+
+
+def stages_table(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> str:
+    if options.compile:
+        analogy(pipe, options)
+    with compiled_before():
+        spent = analogy(pipe, options)
     rows = [[name, f"{taken:.2f} s", latents] for name, (taken, latents) in spent.items()]
     taken, latents = map(sum, zip(*spent.values(), strict=True))
     rows.append(["**all**", f"{taken:.2f} s", latents])
-    yield table(["stage of one analogy", "time", "UNet latents"], rows)
+    return table(["stage of one analogy", "time", "UNet latents"], rows)
+
+
+TABLES = {"times": times_table, "memory": memory_table, "stages": stages_table}
+
+
+def report(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> Iterator[str]:
+    for name in options.tables:
+        yield TABLES[name](pipe, options)
     yield table(["", ""], [[name, value] for name, value in surroundings(pipe, options).items()])
 
 
@@ -332,6 +359,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of all models; by default as they are loaded")
     parser.add_argument("--repeats", type=int, default=8, help="that count, of a learning step and of a drawing")
     parser.add_argument("--inference-steps", type=int, default=50, help="of the whole schedule")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="all by default")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of the UNet: slower, in less memory")
     parser.add_argument("--compile", action="store_true", help="the UNet, by torch.compile")
     return parser.parse_args(arguments)

@@ -76,8 +76,12 @@ def write_pipeline(folder: Path, repo_id: str) -> None:
 
 
 def write_storybook(folder: Path, repo_id: str) -> None:
-    """The checkpoint, whose index says that its class is in the file beside it."""
     shutil.copytree(ROOT / "examples" / "storybook" / "model", folder, dirs_exist_ok=True)
+    add_code(folder)
+
+
+def add_code(folder: Path) -> None:
+    """Puts the pipeline beside a checkpoint, whose index then says that its class is there."""
     shutil.copy(PIPELINE_FILE, folder / "pipeline.py")
     shutil.copy(ROOT / "LICENSE", folder)
     path = folder / "model_index.json"

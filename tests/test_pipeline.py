@@ -1,7 +1,9 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 import functools
 import io
+import itertools
 import logging
+import re
 import signal
 
 import numpy as np
@@ -1750,19 +1752,29 @@ def test_half_precision_draws_nearly_the_same_picture(pipe):
 # ------------------------------------------------------------------------------------------- what stays as it was
 
 
-def test_both_loops_show_a_progress_bar_that_can_be_turned_off(pipe, pair, capsys):
-    def run():
-        pipe.invert_difference(**pair, num_optimization_steps=3)
-        learning = capsys.readouterr().err
-        apply(pipe)
-        return learning, capsys.readouterr().err
+@pytest.mark.parametrize("width, told", [(SIDE, False), (2 * SIDE, False), (3 * SIDE, True), (SIDE // 4, True)])
+def test_a_size_far_from_that_of_training_is_told(pipe, width, told):
+    with logged() as lines:
+        apply(pipe, image=picture(size=(width, SIDE)))
+    assert [f"is used at {SIDE}×{width}" in line for line in lines] == [True] * told
 
-    pipe.set_progress_bar_config(disable=True)
-    assert run() == ("", "")
-    pipe.set_progress_bar_config(disable=False)
-    learning, drawing = run()
-    assert "3/3" in learning and "loss=" in learning
-    assert f"{STEPS}/{STEPS}" in drawing
+
+def test_every_stage_shows_a_progress_bar_by_its_name_that_can_be_turned_off(pipe, pair, capsys):
+    pipe.captioner, pipe.captioner_processor = build_captioner()
+    asked = pair | {"image": picture("blue"), "num_inference_steps": 4}
+
+    def shown(**config) -> str:
+        pipe.set_progress_bar_config(**config)
+        analogy(pipe, **asked, num_optimization_steps=3)
+        return capsys.readouterr().err
+
+    assert shown(disable=True) == ""
+    stages = shown()
+    names = [name for name, _ in itertools.groupby(re.findall(r"(?:^|[\r\n])([A-Z][a-z ]+): 100%", stages))]
+    completing = "Completing prompts"  # of the pair, and later of the query
+    assert names == ["Captioning", completing, "Learning", completing, "Inverting", "Drawing"]
+    assert "3/3" in stages and "loss=" in stages and re.search(r"Trying words: \d\d+it", stages)
+    assert set(re.findall(r"[\r\n]([A-Z][a-z]+): 100%", "\n" + shown(desc="Mine"))) == {"Mine"}
 
 
 def stop_with_ctrl_c(pipe, step, t, tensors):

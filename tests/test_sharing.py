@@ -5,32 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import publish
 import pytest
 import torch
 from conftest import PIPELINE_FILE, ROOT, WIDTH, build_pipeline, picture, random_tokens, rows_of, seeded
-from hub import Hub, running_hub
-from huggingface_hub import ModelCard, constants
+from hub import Hub
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline_difference_inversion import DifferenceTokens
-
-
-@pytest.fixture
-def hub(monkeypatch) -> Iterator[Hub]:
-    """What huggingface_hub talks to in this process. Its address and whether to ask it are read when it is imported."""
-    with running_hub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setenv("HF_TOKEN", "hf_none")
-        yield hub
 
 
 def run_alone(code: str, folder: Path, **environment: str) -> str:

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ROOT, STORYBOOK, logged, rows_of, seeded
+from conftest import ROOT, STORYBOOK, analogy, forward_calls, logged, rows_of, seeded
 from diffusers.utils import load_image
 from world import Scene, render
 
@@ -256,6 +256,19 @@ def test_what_the_pair_lost_is_no_news_of_the_query(storybook, grass_to_desert):
         (line,) = (line for line in lines if "completed" in line)
         added.append(set(line.split("to 'a cabin ")[1].rstrip(".'").split()))
     assert added == [{"painting", "red", "grass"}, {"painting", "red"}]
+
+
+def test_clip_reads_its_vocabulary_once_a_call_and_not_where_it_has_no_words(pipe, pair, monkeypatch):
+    asked = pair | {"image": pair["before"], "prompt": "a cabin", "after_prompt": "a yellow cabin"}
+    asked |= {"num_inference_steps": 2, "num_optimization_steps": 1}
+    batches = []
+    for vocabulary in (pipe.tokenizer.get_vocab(), {}):
+        monkeypatch.setattr(pipe.tokenizer, "get_vocab", lambda own=vocabulary: own)
+        with forward_calls(pipe.clip.text_model) as calls:
+            analogy(pipe, **asked)
+        sizes = [keywords["input_ids"].shape for _, _, keywords, *_ in calls]
+        batches.append([batch for batch, length in sizes if length == 3 and batch > 1])  # words alone, many at once
+    assert len(batches[0]) == 1 and not batches[1]
 
 
 def test_tokens_begin_as_the_words_that_were_gained(storybook, found):
