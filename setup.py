@@ -12,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    py_modules=["pipeline_difference_inversion"],
+    # The command and what it shares with the other examples lie in examples/.
+    py_modules=["pipeline_difference_inversion", "difference_inversion.command", "difference_inversion.common"],
+    package_dir={"difference_inversion": "examples"},
+    entry_points={"console_scripts": ["difference-inversion = difference_inversion.command:app"]},
     # The tests pass on the oldest of these too, all of them together, but for torch, of which they are only run on 2.13. Before
     # diffusers 0.40 `from_pretrained` ignored `dtype`, and 0.40 offloads groups on a GPU alone.
     install_requires=[
@@ -25,10 +28,19 @@ setup(
         "pillow>=10.1.0",
     ],
     extras_require={
+        # The command is written with Typer. transformers brings it along today, and need not tomorrow.
+        "cli": ["typer>=0.26.0"],
         # diffusers loads LoRAs with it.
         "lora": ["peft>=0.18.0"],
-        # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA; ruff checks the
-        # style. tqdm and numpy come with the packages above.
-        "test": ["pytest>=8.0.0", "pytest-xdist>=3.5.0", "hypothesis>=6.100.0", "ruff>=0.14.0", "peft>=0.18.0"],
+        # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA, and some
+        # run the command; ruff checks the style. tqdm and numpy come with the packages above.
+        "test": [
+            "pytest>=8.0.0",
+            "pytest-xdist>=3.5.0",
+            "hypothesis>=6.100.0",
+            "ruff>=0.14.0",
+            "peft>=0.18.0",
+            "typer>=0.26.0",
+        ],
     },
 )

@@ -20,8 +20,8 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
+from common import STORYBOOK, load_pipeline, open_image, picture_size
 from PIL import Image
-from quickstart import STORYBOOK, load_pipeline, open_image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, CLIPModel
 
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     triplets = read_triplets(options.triplets)
     pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = picture_size(pipe)
     encoders = {name: load_encoder(name, pipe.device) for name in options.encoder}
     encoders = encoders or {"the model's CLIP": encoder_of(pipe.clip, pipe.clip_processor.image_processor)}
     options.output.mkdir(parents=True, exist_ok=True)

