@@ -8,9 +8,7 @@ places: start and end of text are its last two.
 import json
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -20,6 +18,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+import diffusers
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 
 ROOT = Path(__file__).resolve().parents[1]

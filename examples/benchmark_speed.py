@@ -32,11 +32,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from unittest import mock
 
-import diffusers
 import torch
 import transformers
 from backbones import CONFIGS, build_backbone
 from PIL import Image, ImageDraw
+
+import diffusers
 
 
 HERE = Path(__file__).resolve().parent
@@ -300,13 +301,10 @@ def times_table(pipe: DifferenceInversionPipeline, options: argparse.Namespace) 
 
 def memory_table(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> str:
     with recorded(pipe.unet) as calls:
-        learn(pipe, options, lambda: None, 1)
+        peaks = {"learning": peak_memory(learn, pipe, options, lambda: None, 1)}
     learned = [call for call in calls if call[2]]
-    peaks = {
-        "learning": peak_memory(learn, pipe, options, lambda: None, 1),
-        "the UNet alone, there and back": peak_memory(replay, pipe.unet, learned),
-        "drawing": peak_memory(draw, pipe, options),
-    }
+    peaks["the UNet alone, there and back"] = peak_memory(replay, pipe.unet, learned)
+    peaks["drawing"] = peak_memory(draw, pipe, options)
     return table(["most memory, with the weights", "GB"], [[name, f"{peak:.2f}"] for name, peak in peaks.items()])
 
 

@@ -13,12 +13,12 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
-import diffusers
 import torch
 import transformers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import diffusers
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
 
 from .common import (

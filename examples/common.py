@@ -5,11 +5,11 @@ import ast
 from pathlib import Path
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import load_image
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import AutoProcessor, BlipForConditionalGeneration, CLIPModel, CLIPProcessor
 
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import load_image
 from pipeline_difference_inversion import (
     MATCHING_CLIP,
     DifferenceInversionPipeline,

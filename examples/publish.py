@@ -19,8 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diffusers.utils import load_image
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from diffusers.utils import load_image
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(STORYBOOK)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules_")
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
 from hub import hub  # noqa: E402, F401, a fixture
 from PIL import Image, ImageDraw  # noqa: E402
 from transformers import (  # noqa: E402
@@ -48,6 +47,7 @@ from transformers import (  # noqa: E402
     CLIPTokenizer,
 )
 
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
 from pipeline_difference_inversion import (  # noqa: E402
     DifferenceInversionPipeline,
     DifferenceTokens,

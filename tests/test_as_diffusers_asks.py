@@ -4,7 +4,6 @@ what they do in any other."""
 
 import inspect
 
-import diffusers
 import pytest
 import torch
 from conftest import (
@@ -17,6 +16,11 @@ from conftest import (
     seeded,
     watched,
 )
+from test_backbones import build as build_backbone
+from test_backbones import stock as stock_of
+from test_pipeline import apply, draw, offload_layers, stock_pipeline
+
+import diffusers
 from diffusers import (
     AsymmetricAutoencoderKL,
     ConsistencyDecoderVAE,
@@ -24,10 +28,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from test_backbones import build as build_backbone
-from test_backbones import stock as stock_of
-from test_pipeline import apply, draw, offload_layers, stock_pipeline
-
 from pipeline_difference_inversion import DifferenceInversionPipeline
 
 

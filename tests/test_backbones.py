@@ -9,9 +9,9 @@ import pytest
 import torch
 from backbones import build_backbone
 from conftest import PIPELINE_FILE, analogy, embedded, forward_calls, logged, picture, seeded, watched
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
 

@@ -18,6 +18,10 @@ from conftest import (
     random_tokens,
     seeded,
 )
+from test_backbones import build as build_backbone
+from test_backbones import stock as stock_of
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig
+
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -28,10 +32,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from test_backbones import build as build_backbone
-from test_backbones import stock as stock_of
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PretrainedConfig
-
 from pipeline_difference_inversion import DifferenceTokens
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, WIDTH, build_components, build_pipeline, embedded, random_tokens, rows_of, seeded
-from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diffusers import StableDiffusionPipeline
 from pipeline_difference_inversion import DifferenceTokens
 
 

@@ -9,25 +9,32 @@ import pytest
 import torch
 from backbones import build_backbone
 from conftest import PIPELINE_FILE, ROOT, SIDE, build_captioner, build_pipeline, picture
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import constants
 from publish import add_code
 
 import pipeline_difference_inversion
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from pipeline_difference_inversion import DifferenceTokens
 
 
 DOCUMENTS = [
     "README.md",
     "model_card.md",
+    "examples/diffusers_community.md",
     "examples/storybook/model/README.md",
     "examples/storybook/model_xl/README.md",
 ]
-INSTEAD = {'"cuda"': '"cpu"', "torch.float16": "torch.float32", "=768": f"={SIDE}", '"examples/': f'"{ROOT}/examples/'}
+INSTEAD = {
+    'custom_pipeline="pipeline_difference_inversion"': 'custom_pipeline="pipeline_difference_inversion.py"',
+    '"cuda"': '"cpu"',
+    "torch.float16": "torch.float32",
+    "=768": f"={SIDE}",
+    '"examples/': f'"{ROOT}/examples/',
+}
 
 
 def snippets(document: str) -> list[str]:
-    found = re.findall(r"^( *)```python\n(.*?)^ *```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^( *)```py(?:thon)?\n(.*?)^ *```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
     return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
 
 

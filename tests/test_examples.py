@@ -37,8 +37,6 @@ from benchmark import (
 )
 from components import XL_COMPONENTS, build_instruct_unet, decode, encode, save_component, to_pil, to_signed
 from conftest import build_clip, build_pipeline, build_tokenizer
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import load_image
 from PIL import Image
 from questions import draw_questions, with_fillers
 from safetensors import safe_open
@@ -49,6 +47,8 @@ from training import draw
 from transformers import BitImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import load_image
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
 

@@ -20,9 +20,9 @@ from conftest import (
     rows_of,
     seeded,
 )
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from world import random_scene, render
 
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from pipeline_difference_inversion import DifferenceInversionPipeline, Learner, LearningConfig, Pair, _Draw
 
 

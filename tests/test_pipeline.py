@@ -29,6 +29,9 @@ from conftest import (
     seeded,
     watched,
 )
+from PIL import Image
+from safetensors.torch import save_file
+
 from diffusers import (
     AutoencoderTiny,
     DDIMInverseScheduler,
@@ -46,9 +49,6 @@ from diffusers import (
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks.group_offloading import ModuleGroup
-from PIL import Image
-from safetensors.torch import save_file
-
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
 
 

@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 from conftest import ROOT, STORYBOOK, analogy, forward_calls, logged, rows_of, seeded
-from diffusers.utils import load_image
 from world import Scene, render
 
+from diffusers.utils import load_image
 from pipeline_difference_inversion import (
     DifferenceInversionPipeline,
     DifferenceTokens,

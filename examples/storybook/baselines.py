@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
 from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
@@ -12,7 +14,6 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 
 
 # The weights and the number of steps of VISII's paper (section 4) and the learning rate of its authors' configuration.

@@ -73,11 +73,12 @@ from accelerate.utils import gather_object
 from analogies import Analogy, judge
 from baselines import load_instruct, load_sdedit, visii_instruction
 from components import XL_COMPONENTS
-from diffusers.utils import make_image_grid
 from PIL import Image
 from questions import SETTINGS, Question, draw_questions
 from tqdm import tqdm
 from world import ATTRIBUTES, describe, render, restatement
+
+from diffusers.utils import make_image_grid
 
 
 HERE = Path(__file__).parent

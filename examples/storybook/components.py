@@ -12,10 +12,8 @@ import random
 import shutil
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import (
     BertTokenizer,
@@ -31,6 +29,9 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from world import ATTRIBUTES, PICTURE_SIZE, Scene, describe, random_scene
+
+import diffusers
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
 
 HERE = Path(__file__).parent

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from components import COMPONENTS, decode, encode, load_component, scenes_by_description, to_pil, to_signed, write_text
-from diffusers import DDIMInverseScheduler, StableDiffusionPipeline
-from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
 from training import draw, token_ids
 from transformers import BlipProcessor, CLIPModel, CLIPProcessor
 from world import ATTRIBUTES, Scene, describe, random_scene, restatement
+
+from diffusers import DDIMInverseScheduler, StableDiffusionPipeline
+from diffusers.utils import make_image_grid
 
 
 def attributes_right(said: list[str], scenes: list[Scene]) -> dict[str, float]:

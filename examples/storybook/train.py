@@ -64,7 +64,6 @@ from components import (
     write_model_index,
     write_text,
 )
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from scores import psnr, stage_evaluate
 from tqdm import tqdm
 from train_instruct import stage_edits, stage_instruct
@@ -81,6 +80,8 @@ from transformers import (
     CLIPTokenizer,
 )
 from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 
 VOCABULARY_SIZE = 500

@@ -21,10 +21,11 @@ from components import (
     to_signed,
     write_text,
 )
-from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 from training import draw, fit, load_scenes, spread_times, token_ids
 from world import ATTRIBUTES, Scene, restatement
+
+from diffusers import UNet2DConditionModel
 
 
 def draw_edit(job: tuple[Scene, int]) -> tuple[str, np.ndarray]:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from components import MAX_TOKENS, load_component, write_model_index
-from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 from world import Scene, render
+
+from diffusers.training_utils import EMAModel
 
 
 CHECKPOINT_SECONDS = 180
