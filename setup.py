@@ -32,8 +32,10 @@ setup(
         "cli": ["typer>=0.26.0"],
         # diffusers loads LoRAs with it.
         "lora": ["peft>=0.18.0"],
+        # examples/make_triplets.py streams the paper's evaluation data with it.
+        "evaluation": ["datasets>=4.0.0"],
         # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA, and some
-        # run the command; ruff checks the style. tqdm and numpy come with the packages above.
+        # run the command, or stream a data set; ruff checks the style. tqdm and numpy come with the packages above.
         "test": [
             "pytest>=8.0.0",
             "pytest-xdist>=3.5.0",
@@ -41,6 +43,7 @@ setup(
             "ruff>=0.14.0",
             "peft>=0.18.0",
             "typer>=0.26.0",
+            "datasets>=4.0.0",
         ],
     },
 )
