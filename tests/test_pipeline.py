@@ -1773,7 +1773,8 @@ def test_every_stage_shows_a_progress_bar_by_its_name_that_can_be_turned_off(pip
     names = [name for name, _ in itertools.groupby(re.findall(r"(?:^|[\r\n])([A-Z][a-z ]+): 100%", stages))]
     completing = "Completing prompts"  # of the pair, and later of the query
     assert names == ["Captioning", completing, "Learning", completing, "Inverting", "Drawing"]
-    assert "3/3" in stages and "loss=" in stages and re.search(r"Trying words: \d\d+it", stages)
+    assert re.search(r"Learning: 100%\S* 3/3", stages) and re.search(r"Drawing: 100%\S* 4/4", stages)
+    assert "loss=" in stages and re.search(r"Trying words: \d\d+it", stages)
     assert set(re.findall(r"[\r\n]([A-Z][a-z]+): 100%", "\n" + shown(desc="Mine"))) == {"Mine"}
 
 
