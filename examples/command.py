@@ -359,8 +359,13 @@ def load(model: str | None, device: str | None, dtype: str | None) -> Difference
     note(f"Loading {model} …")
     with loading(model):
         pipe = load_pipeline(model, where, dtype and getattr(torch, dtype))
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    show_progress(pipe)
     return pipe
+
+
+def show_progress(pipe: DifferenceInversionPipeline, place: str | None = None) -> None:
+    """Each stage has its bar on a terminal, with a place such as "2 of 3" behind it; a pipe gets none."""
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty(), postfix=place)
 
 
 def load_text_encoder(model: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -399,8 +404,10 @@ def answer_each(
 ) -> list[Image.Image]:
     """Each answer is written when it is drawn, so that Ctrl-C leaves those before it."""
     answers = []
-    for query, target, prompt in zip(queries, targets, prompts, strict=True):
-        note(f"Drawing {target} …")
+    for number, (query, target, prompt) in enumerate(zip(queries, targets, prompts, strict=True), 1):
+        place = f"{number} of {len(queries)}"
+        note(f"Drawing {target} ({place}) …")
+        show_progress(pipe, place)
         answers.append(answer(pipe, query, tokens, seed, prompt=prompt, **settings))
         answers[-1].save(target)
     return answers

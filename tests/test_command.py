@@ -1,6 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """The command `difference-inversion`."""
 
+import io
 import json
 import os
 import re
@@ -220,6 +221,21 @@ def test_ctrl_c_leaves_the_answers_before_it(here, model):
         hook.remove()
     assert result.exit_code == 130 and result.stderr.splitlines() == ["difference-inversion: interrupted."]
     assert os.listdir("outputs") == ["b_answer.png"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_on_a_terminal_say_what_is_done_and_to_which_picture(here, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    pictures, answers = [picture("blue"), picture("white")], [here / "one.png", here / "two.png"]
+    settings = {"num_inference_steps": 2}
+    command.answer_each(build_pipeline(), pictures, random_tokens(), answers, ["a house"] * 2, 0, settings)
+    for stage in ("Inverting", "Drawing"):
+        places = re.findall(rf"{stage}: 100%.*?, (\d of \d)\]", shown.getvalue())
+        assert list(dict.fromkeys(places)) == ["1 of 2", "2 of 2"]
 
 
 def test_the_installed_command_works_and_shows_no_progress_in_a_pipe(here, model):
