@@ -63,7 +63,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +86,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from common import APPLYING, LEARNING, parse_setting  # noqa: E402
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
+from tables import Z, markdown, rate_cell, wilson  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
 
@@ -116,7 +117,6 @@ SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
 # 4` right, and the others 20 or 21.
 INSTRUCT = {"num_inference_steps": 25, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Z = statistics.NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,19 +372,6 @@ def end_last_line(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- reporting
 
 
-def wilson(rate: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a rate that was seen in `count` trials."""
-    middle = (rate + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z / (1 + Z * Z / count) * (rate * (1 - rate) / count + Z * Z / (4 * count * count)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def rate_cell(outcomes: Iterable[bool]) -> str:
-    outcomes = list(outcomes)
-    rate = sum(outcomes) / len(outcomes)
-    return "{:.2f} ({:.2f} to {:.2f})".format(rate, *wilson(rate, len(outcomes)))
-
-
 def newcombe(first: list[bool], second: list[bool]) -> tuple[float, float, float]:
     """How much more often the second of two paired outcomes is true than the first, and the 95 % interval of that.
 
@@ -419,11 +406,6 @@ def mean_difference_cell(first: list[float], second: list[float]) -> str:
     if len(differences) < 2:
         return f"{mean:+.1f} dB"
     return f"{mean:+.1f} ± {Z * statistics.stdev(differences) / len(differences) ** 0.5:.1f} dB"
-
-
-def markdown(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 COLUMNS = ["success", "kept", "read", "PSNR", "direction", "UNet"]
