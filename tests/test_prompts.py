@@ -5,69 +5,28 @@ import pytest
 import torch
 from conftest import (
     SIDE,
+    TOWER,
+    VISION,
     WIDTH,
     analogy,
     build_captioner,
+    build_chat_captioner,
     build_pipeline,
-    build_tokenizer,
     forward_calls,
     picture,
     rows_of,
     seeded,
+    with_image_token,
 )
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipImageProcessor,
-    CLIPImageProcessor,
-    CLIPTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
 
 
 PICTURES = [picture("red"), picture("yellow"), picture("blue", "white")]
-CHAT = (
-    "{% for message in messages %}user {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
-)
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = TOWER | {"image_size": SIDE, "patch_size": 8}
-
-
-def with_image_token() -> CLIPTokenizer:
-    tokenizer = build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return tokenizer
-
-
-def build_chat_captioner() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A model that converses, small and random: it answers a picture and a question with words."""
-    torch.manual_seed(6)
-    tokenizer = with_image_token()
-    text = TOWER | {"vocab_size": len(tokenizer), "num_key_value_heads": 2, "initializer_range": 1.0}
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    config = LlavaConfig(
-        vision_config=VISION | {"model_type": "clip_vision_model"},
-        text_config=text | {"model_type": "llama"},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-        vision_feature_layer=-1,
-    )
-    size = {"height": SIDE, "width": SIDE}
-    image_processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
-    processor = LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    )
-    return LlavaForConditionalGeneration(config).eval(), processor
 
 
 def build_blip_2() -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
