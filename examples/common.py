@@ -113,14 +113,14 @@ def save_sheet(
     return path
 
 
-def make_sheet(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:
-    """Rows of labelled pictures."""
-    width = MARGIN + max(len(row) for row in rows) * (TILE + MARGIN)
-    sheet = Image.new("RGB", (width, len(rows) * (TILE + LABEL + MARGIN) + MARGIN), "white")
+def make_sheet(rows: list[list[tuple[str, Image.Image]]], tile: int = TILE) -> Image.Image:
+    """Rows of labelled pictures, each drawn as a square of `tile` pixels."""
+    width = MARGIN + max(len(row) for row in rows) * (tile + MARGIN)
+    sheet = Image.new("RGB", (width, len(rows) * (tile + LABEL + MARGIN) + MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=22)
     for i, row in enumerate(rows):
         for j, (label, image) in enumerate(row):
-            left, top = MARGIN + j * (TILE + MARGIN), MARGIN + i * (TILE + LABEL + MARGIN)
+            left, top = MARGIN + j * (tile + MARGIN), MARGIN + i * (tile + LABEL + MARGIN)
             draw.text((left, top), label, fill="black", font=font)
-            sheet.paste(image.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top + LABEL))
+            sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), (left, top + LABEL))
     return sheet
