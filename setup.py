@@ -35,7 +35,8 @@ setup(
         # examples/make_triplets.py streams the paper's evaluation data with it.
         "evaluation": ["datasets>=4.0.0"],
         # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA, and some
-        # run the command, or stream a data set; ruff checks the style. tqdm and numpy come with the packages above.
+        # run the command, or stream a data set; playwright opens pages in a Chromium, where there is one; ruff checks the
+        # style. tqdm and numpy come with the packages above.
         "test": [
             "pytest>=8.0.0",
             "pytest-xdist>=3.5.0",
@@ -44,6 +45,7 @@ setup(
             "peft>=0.18.0",
             "typer>=0.26.0",
             "datasets>=4.0.0",
+            "playwright>=1.49.0",
         ],
     },
 )
