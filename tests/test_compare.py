@@ -69,12 +69,13 @@ def rows(printed: str) -> list[list[str]]:
 
 
 def test_both_orders_are_asked_and_counted(given, tmp_path, capsys):
-    name = save_model(tmp_path / "model", "1", "2")
+    choices = {"1": 1, "first": 1, "2": 2, "second": 2}
+    name = save_model(tmp_path / "model", *choices)
     asked = ["--question", "Option 1 or Option 2"]  # pictures count for less among more words
     compare.main([*given, str(tmp_path / "none"), "--model", name, *asked])
     said = replies(tmp_path)
-    assert {reply["said"] for reply in said} == {"1", "2"}
-    assert all(reply["choice"] == int(reply["said"]) and reply["judge"] == name for reply in said)
+    assert {reply["choice"] for reply in said} == {1, 2}
+    assert all(reply["choice"] == choices[reply["said"]] and reply["judge"] == name for reply in said)
     asked = [(reply["index"], *reply["options"]) for reply in said]
     pairs = [("ours", "theirs"), ("theirs", "ours"), ("ours", "none"), ("none", "ours")]
     assert sorted(asked) == sorted((index, *pair) for index in range(4) for pair in pairs)
