@@ -35,8 +35,8 @@ setup(
         # examples/make_triplets.py streams the paper's evaluation data with it.
         "evaluation": ["datasets>=4.0.0"],
         # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA, and some
-        # run the command, or stream a data set; playwright opens pages in a Chromium, where there is one; ruff checks the
-        # style. tqdm and numpy come with the packages above.
+        # run the command, or stream a data set; playwright opens pages in a Chromium, where there is one; ruff checks
+        # the style. tqdm and numpy come with the packages above.
         "test": [
             "pytest>=8.0.0",
             "pytest-xdist>=3.5.0",

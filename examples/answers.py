@@ -30,7 +30,7 @@ def parse_method(text: str) -> Method:
 
 
 def add_answers(triplets: list[dict], methods: list[Method], option: str) -> list[dict[str, Path]]:
-    """For each triplet the paths of A, A' and B, by `before`, `after` and `image`, and of each method's answer, by name.
+    """For each triplet the paths of A, A' and B (`before`, `after`, `image`), and of each method's answer, by name.
 
     Raises:
         SystemExit: if two methods have one name, an answer is missing, or a file is no picture.
@@ -70,7 +70,7 @@ def check_picture(path: Path) -> None:
 
 
 def read_square(path: Path, largest: int) -> Image.Image:
-    """A picture cut to a square from its middle, as `evaluate.py` cuts what it answers, of at most `largest` pixels."""
+    """A picture cut to a square from its middle, as `evaluate.py` cuts what it answers (at most `largest` pixels)."""
     picture = read_picture(str(path))
     side = min(*picture.size, largest)
     return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)

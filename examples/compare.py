@@ -1,28 +1,29 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Asks a vision language model which of two methods' answers it prefers; Table 3 of the paper.
 
-    python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation --against SDEdit=sdedit VISII=visii \
+    python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation --against DIA=dia VISII=visii \
         --model Qwen/Qwen2-VL-72B-Instruct --output preferences.jsonl
     python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation --against SDEdit=sdedit \
         --judge captioner
 
-A method's answers are pictures in a folder, each named by the index of its triplet: 00000.png is the answer to the file's
-first line, as `evaluate.py` writes them. For each triplet and each method of `--against`, the model is shown one picture
-with A, A' and B, and below them both answers side by side as Option 1 and Option 2, and is asked which one fits. Any chat model that
-`AutoModelForImageTextToText` of transformers loads will do. It answers without sampling. The wording is ours, since the
-paper's is in a supplement that is not at hand; `--question` takes another, which must ask for Option 1 or Option 2.
+A method's answers are pictures in a folder, each named by the index of its triplet: 00000.png is the answer to the
+file's first line, as `evaluate.py` writes them. For each triplet and each method of `--against`, the model is shown
+one picture with A, A' and B, and below them both answers side by side as Option 1 and Option 2, and is asked which
+one fits. Any chat model that `AutoModelForImageTextToText` of transformers loads will do; some need torchvision too.
+It answers without sampling. The wording is ours, since the paper's is in a supplement that is not at hand;
+`--question` takes another, which must ask for Option 1 or Option 2.
 
-Each question is asked twice, with the two answers in each other's place; the seed draws which order comes first. A method
-has won if both replies name it. They are a *tie* if they name different methods, so that the place decided, and a *refusal*
-if one of them names neither. The preference is the share won of what was won or lost, with its 95 % Wilson interval.
-`option 1` is how often the first place was chosen, 0.5 for a judge who does not mind places.
+Each question is asked twice, with the two answers in each other's place; the seed draws which order comes first. A
+method has won if both replies name it. They are a *tie* if they name different methods, so that the place decided,
+and a *refusal* if one of them names neither. The preference is the share won of what was won or lost, with its 95 %
+Wilson interval. `option 1` is how often the first place was chosen, 0.5 for a judge who does not mind places.
 
-`--judge captioner` is a stand-in for trying this out without such a model. It sees no two pictures together: Storybook's
-captioner describes A, A', B and each answer. Preferred is the answer whose caption differs from B's in more of the words in
-which that of A' differs from A's; if both do alike, it refuses.
+`--judge captioner` is a stand-in for trying this out without such a model. It sees no two pictures together:
+Storybook's captioner describes A, A', B and each answer. Preferred is the answer whose caption differs from B's in
+more of the words in which that of A' differs from A's; if both do alike, it refuses.
 
-`--output` keeps each reply as a JSON line, and is whole at any time. What it has is not asked again, unless the pictures, the
-judge or the question are others, so that after an interruption the same command goes on.
+`--output` keeps each reply as a JSON line, and is whole at any time. What it has is not asked again, unless the
+pictures, the judge or the question are others, so that after an interruption the same command goes on.
 """
 
 import argparse
@@ -54,15 +55,15 @@ from pipeline_difference_inversion import DifferenceInversionPipeline, replacing
 
 
 QUESTION = (
-    "The first row shows picture A, then A', which is A after a change, and then another picture, B. The second row shows "
-    "two attempts to change B in the same way: Option 1 on the left, and Option 2 on its right. Which of them is the more "
-    'suitable B\': changed as A was changed into A\', with everything else as in B? Answer with "Option 1" or "Option 2" '
-    "only."
+    "The first row shows picture A, then A', which is A after a change, and then another picture, B. The second row "
+    "shows two attempts to change B in the same way: Option 1 on the left, and Option 2 on its right. Which of them is "
+    "the more suitable B': changed as A was changed into A', with everything else as in B? "
+    'Answer with "Option 1" or "Option 2" only.'
 )
 STAND_IN = (
-    "The judge is a captioner in place of a vision language model. It compares words, not pictures, and what its captions "
-    "leave out counts for nothing. It refuses where both answers' captions fit equally well. These figures try out the "
-    "procedure; they are no preference of a model that looks."
+    "The judge is a captioner in place of a vision language model. It compares words, not pictures, and what its "
+    "captions leave out counts for nothing. It refuses where both answers' captions fit equally well. These figures "
+    "try out the procedure; they are no preference of a model that looks."
 )
 TILE = 384  # of a picture as the model is shown it, in pixels
 
@@ -119,7 +120,7 @@ def draw_sheet(question: Question) -> Image.Image:
     return ImageOps.pad(sheet, (max(sheet.size),) * 2, color="white")
 
 
-# An option by its name; a sentence that does no more than choose one, and where its reasons begin; and what turns it round.
+# An option by its name; a sentence that does no more than choose one; where its reasons begin; and what turns it round.
 NAMED = re.compile(r"\boption #?(1|2|one|two)\b|\b(first|second) option\b")
 CHOSEN = re.compile(
     r"(?:.*\b(?:answer|choice|choose|pick|prefer|select)(?: is)?:? )?"
@@ -134,9 +135,9 @@ FIRST = ("1", "one", "first")
 def choice_of(said: str) -> int | None:
     """Which option a reply chooses, 1 or 2; None if that is not plain.
 
-    It is plain if some sentence does no more than choose one ("Option 1.", "the first", "My answer is Option 1", "Option 1
-    is better …", "Option 1, because …") and none chooses the other; or else if only one of them is named at all, and nothing
-    is denied. What a model thinks before it replies is no part of the reply.
+    It is plain if some sentence does no more than choose one ("Option 1.", "the first", "My answer is Option 1",
+    "Option 1 is better …", "Option 1, because …") and none chooses the other; or else if only one of them is named at
+    all, and nothing is denied. What a model thinks before it replies is no part of the reply.
     """
     reply = re.sub(
         r"[*_`\"“”()\[\]]", "", said.rpartition("</think>")[2].partition("<think>")[0].lower().replace("’", "'")
@@ -149,7 +150,7 @@ def choice_of(said: str) -> int | None:
 
 
 def ask_captioner(pipe: DifferenceInversionPipeline, question: Question, text: str) -> Reply:
-    """Prefers the option that changes B's caption in more of the words in which A's changes; None if neither does more."""
+    """Prefers the option that changes B's caption in more of the words in which A's changes; None if both do alike."""
     captions = pipe.caption(question.pictures())
     a, a2, b, first, second = (Counter(re.findall(r"[\w']+", caption.lower())) for caption in captions)
     likeness = [agreement((a, a2), (b, option)) for option in (first, second)]
@@ -184,7 +185,7 @@ def load_model(name: str) -> tuple:
         if not getattr(processor, "chat_template", None):
             raise ValueError("its processor has no chat template, so it does not converse")
         model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto").eval()
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"--model {name} cannot be loaded: {' '.join(str(error).split())}") from error
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     return model, processor

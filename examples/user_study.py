@@ -5,19 +5,20 @@
         --answers ours=evaluation DIA=dia Analogist=analogist VISII=visii
     python examples/user_study.py count study.html answers/
 
-`make` writes one HTML page, for a computer or a phone. It holds all pictures and loads nothing from a network, so it can be
-mailed, or put on any server. Each question shows A, A', B and the answers of two to four methods in random order, and asks for
-the most suitable one. At the end it hands over a file, `answers-….json`, which participants send back. The wording is ours,
-since the paper's is in a supplement that is not at hand. A method's answers are pictures in a folder, each named by the index
-of its triplet: 00000.png is the answer to the file's first line, as `evaluate.py` writes them.
+`make` writes one HTML page, for a computer or a phone. It holds all pictures and loads nothing from a network, so it
+can be mailed, or put on any server. Each question shows A, A', B and the answers of two to four methods in random
+order, and asks for the most suitable one. At the end it hands over a file, `answers-….json`, which participants send
+back. The wording is ours, since the paper's is in a supplement that is not at hand. A method's answers are pictures
+in a folder, each named by the index of its triplet: 00000.png is the answer to the file's first line, as
+`evaluate.py` writes them.
 
-The page knows which option is whose, in a form that nobody reads by accident. The methods' names are only in there, so keep
-the page: without it the answers cannot be counted.
+The page knows which option is whose, in a form that nobody reads by accident. The methods' names are only in there,
+so keep the page: without it the answers cannot be counted.
 
-`count` prints how often each method was preferred, with two 95 % intervals. Wilson's takes every choice for independent of
-all others. The second, by bootstrap, is of other participants who answer other questions: both are drawn again with
-replacement. It says nothing of a method that nobody or everybody preferred. Files of another page, incomplete ones, and all
-but the last of one participant are left out and listed, and the exit status is then 1.
+`count` prints how often each method was preferred, with two 95 % intervals. Wilson's takes every choice for
+independent of all others. The second, by bootstrap, is of other participants who answer other questions: both are
+drawn again with replacement. It says nothing of a method that nobody or everybody preferred. Files of another page,
+incomplete ones, and all but the last of one participant are left out and listed, and the exit status is then 1.
 """
 
 import argparse

@@ -207,7 +207,7 @@ def test_choices_are_counted_by_method_with_intervals(page, tmp_path, capsys):
 
 
 def test_participants_who_agree_say_less_than_as_many_choices_that_are_independent():
-    """Twenty people who all choose the first method in five of ten questions: ten questions' worth of evidence, not 200."""
+    """Twenty people choose the first method in the same five of ten questions: ten are the evidence, not 200."""
     votes = np.zeros((20, 10, 2), bool)
     votes[:, :5, 0] = votes[:, 5:, 1] = True
     low, high = user_study.resampled(votes)
