@@ -14,24 +14,25 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import transformers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import diffusers
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
 
 from .common import (
-    APPLYING,
+    DRAWING,
     LEARNING,
     STORYBOOK,
     answer,
     fit_picture,
     load_pipeline,
-    parse_setting,
+    loading,
+    make_folder,
     picture_size,
     prompt_for_each,
-    read_picture,
+    read,
+    read_difference,
+    read_settings,
     save_sheet,
 )
 from .common import learn as learn_and_save
@@ -43,7 +44,6 @@ except ImportError:
     sys.exit('difference-inversion needs Typer: pip install "difference-inversion[cli]"')
 
 
-DRAWING = (*APPLYING, "replace_phrases", "complete_prompts")
 # What messages of the pipeline call by its own names.
 OPTIONS = {
     "before_prompt": "--before-prompt",
@@ -278,39 +278,9 @@ def texts(paths: list[Path]) -> list[str]:
 # ------------------------------------------------------------------- what is checked before a model is loaded
 
 
-def read_settings(config: list[str] | None, known: tuple[str, ...]) -> dict:
-    settings = dict(parse_setting(text) for text in config or [])
-    unknown = [name for name in settings if name not in known]
-    if unknown:
-        raise ValueError(f"--config: there is no setting {unknown[0]!r}; known are {', '.join(dict.fromkeys(known))}")
-    return settings
-
-
 def learning_settings(settings: dict) -> dict:
     LearningConfig(**settings)  # refuses what learning would refuse later
     return settings
-
-
-def read_difference(name: str) -> DifferenceTokens:
-    """The name of a file is not asked of the Hub, where it may be a repository's."""
-    return (DifferenceTokens.load if name.endswith(".safetensors") else DifferenceTokens.from_pretrained)(name)
-
-
-def read(option: str, path: str) -> tuple[str, Image.Image]:
-    """The name and the picture; opened before a model is loaded, which can take long."""
-    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
-        raise ValueError(f"{option}: there is no file {path}; give a picture's path or address")
-    try:
-        return path, read_picture(path)
-    except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{option}: {path} cannot be read; give a picture such as a PNG or JPEG ({error})") from error
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: {folder} cannot be made a folder; name another ({error.strerror})") from error
 
 
 def answer_files(folder: Path, paths: list[str]) -> list[Path]:
@@ -334,20 +304,6 @@ def check_device(name: str | None) -> torch.device | None:
 
 
 # --------------------------------------------------------------------------------------------- what a model does
-
-
-@contextmanager
-def loading(model: str) -> Iterator[None]:
-    """Says it in one line if a model does not load, and shows progress only to someone who watches."""
-    for library in (diffusers, transformers):
-        switch = library.utils.logging
-        switch.enable_progress_bar() if sys.stderr.isatty() else switch.disable_progress_bar()
-    try:
-        yield
-    except Exception as error:  # each library has errors of its own for a folder that is none of its models
-        raise ValueError(
-            f"--model: {model} cannot be loaded; give a Stable Diffusion's folder or Hub name ({error})"
-        ) from error
 
 
 def load(model: str | None, device: str | None, dtype: str | None) -> DifferenceInversionPipeline:

@@ -2,15 +2,25 @@
 """What the examples and the command share: loading a model, opening pictures, learning, answering, and the sheet."""
 
 import ast
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import AutoProcessor, BlipForConditionalGeneration, CLIPModel, CLIPProcessor
 
+import diffusers
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import load_image
-from pipeline_difference_inversion import (
+
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # for a clone into which nothing was installed
+
+from pipeline_difference_inversion import (  # noqa: E402
     MATCHING_CLIP,
     DifferenceInversionPipeline,
     DifferenceTokens,
@@ -19,11 +29,11 @@ from pipeline_difference_inversion import (
 )
 
 
-HERE = Path(__file__).parent
 STORYBOOK = HERE / "storybook" / "model"
 IMAGES = HERE / "images"
 LEARNING = tuple(LearningConfig.__dataclass_fields__)  # settings of learning, by name, and of applying
 APPLYING = ("num_inference_steps", "guidance_scale", "inversion", "strength", "eta")
+DRAWING = (*APPLYING, "replace_phrases", "complete_prompts")
 TILE, MARGIN, LABEL = 256, 16, 34  # of the sheet, in pixels
 
 
@@ -36,11 +46,33 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
+def read_settings(config: list[str] | None, known: tuple[str, ...]) -> dict:
+    settings = dict(parse_setting(text) for text in config or [])
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"--config: there is no setting {unknown[0]!r}; known are {', '.join(dict.fromkeys(known))}")
+    return settings
+
+
 def prompt_for_each(prompts: list[str] | None, count: int) -> list[str | None]:
     """One for each image; one alone is for all of them, and without any the captioner writes them."""
     if prompts and len(prompts) not in (1, count):
         raise ValueError(f"--prompt has {len(prompts)} prompts for {count} images; give one for each")
     return list(prompts) if prompts and len(prompts) == count else [prompts[0] if prompts else None] * count
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Says it in one line if a model does not load, and shows progress only to someone who watches."""
+    for library in (diffusers, transformers):
+        switch = library.utils.logging
+        switch.enable_progress_bar() if sys.stderr.isatty() else switch.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # each library has errors of its own for a folder that is none of its models
+        raise ValueError(
+            f"--model: {model} cannot be loaded; give a Stable Diffusion's folder or Hub name ({error})"
+        ) from error
 
 
 def load_pipeline(
@@ -75,6 +107,16 @@ def read_picture(path: str) -> Image.Image:
     return VaeImageProcessor.numpy_to_pil(picture.clip(0, 1))[0]  # it had more than 8 bits
 
 
+def read(option: str, path: str) -> tuple[str, Image.Image]:
+    """The name and the picture; opened before a model is loaded, which can take long."""
+    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
+        raise ValueError(f"{option}: there is no file {path}; give a picture's path or address")
+    try:
+        return path, read_picture(path)
+    except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{option}: {path} cannot be read; give a picture such as a PNG or JPEG ({error})") from error
+
+
 def fit_picture(picture: Image.Image, size: int, name: str) -> Image.Image:
     """The square that the model was trained on, cut from the middle."""
     if picture.size != (size, size):
@@ -84,6 +126,18 @@ def fit_picture(picture: Image.Image, size: int, name: str) -> Image.Image:
 
 def open_image(path: str, size: int) -> Image.Image:
     return fit_picture(read_picture(path), size, path)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be made a folder; name another ({error.strerror})") from error
+
+
+def read_difference(name: str) -> DifferenceTokens:
+    """The name of a file is not asked of the Hub, where it may be a repository's."""
+    return (DifferenceTokens.load if name.endswith(".safetensors") else DifferenceTokens.from_pretrained)(name)
 
 
 def learn(
