@@ -8,6 +8,7 @@ import sys
 
 import torch
 from common import IMAGES, STORYBOOK, load_pipeline, make_sheet, open_image
+from figures import sweep_row
 
 
 VARIATIONS = {
@@ -22,13 +23,8 @@ def main(path: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     before, after, query = (open_image(str(IMAGES / f"{name}.png"), 128) for name in ("before", "after", "query_1"))
     difference = pipe.invert_difference(before, after, generator=torch.Generator().manual_seed(0))
-    rows = [
-        [
-            (f"{name} {value:g}", pipe(image=query, difference=difference, **{name: value}).images[0])
-            for value in values
-        ]
-        for name, values in VARIATIONS.items()
-    ]
+    # Without the query, which is what the first picture of the first row shows.
+    rows = [sweep_row(pipe, query, difference, name, values)[1:] for name, values in VARIATIONS.items()]
     make_sheet(rows).save(path)
 
 
