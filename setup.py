@@ -34,9 +34,12 @@ setup(
         "lora": ["peft>=0.18.0"],
         # examples/make_triplets.py streams the paper's evaluation data with it.
         "evaluation": ["datasets>=4.0.0"],
+        # examples/figures.py plots losses with it. Older releases call what pyparsing has deprecated.
+        "demo": ["matplotlib>=3.10.8"],
         # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA, and some
-        # run the command, or stream a data set; playwright opens pages in a Chromium, where there is one; ruff checks
-        # the style. tqdm and numpy come with the packages above.
+        # run the command, stream a data set, or plot losses; nbclient runs the notebook, which nbformat reads, in a
+        # kernel of ipykernel; playwright opens pages in a Chromium, where there is one; ruff checks the style. tqdm
+        # and numpy come with the packages above.
         "test": [
             "pytest>=8.0.0",
             "pytest-xdist>=3.5.0",
@@ -46,6 +49,10 @@ setup(
             "typer>=0.26.0",
             "datasets>=4.0.0",
             "playwright>=1.49.0",
+            "matplotlib>=3.10.8",
+            "nbclient>=0.10.2",
+            "nbformat>=5.10.4",
+            "ipykernel>=7.0.1",
         ],
     },
 )
