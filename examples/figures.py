@@ -50,9 +50,8 @@ except ImportError:  # the losses alone are drawn with it
     Figure = None
 
 CYCLE = 4  # Steps after which learning from words has used all its noises; other learning draws new ones at each step.
-LEAST_MOVED = (
-    0.05  # In latents, over all steps; with less, rounding would be what is seen. Storybook's move by about 1.
-)
+# In latents, over all steps: with less, rounding would be what is seen. Storybook's own move by about 1.3 at most.
+LEAST_MOVED = 0.05
 SWEEPS = ["difference_scale=0.3,0.6,1.0", "guidance_scale=0.5,2.0,4.0"]
 
 
@@ -86,7 +85,7 @@ def sweep_row(
 ) -> list[tuple[str, Image.Image]]:
     """The same with its labels, as a row for `make_sheet`."""
     answers = (answer(pipe, image, difference, seed, **settings | {parameter: value}) for value in values)
-    return [("B", image), *((f"{parameter} {value}", each) for value, each in zip(values, answers, strict=False))]
+    return [("B", image), *((f"{parameter} {value}", each) for value, each in zip(values, answers, strict=True))]
 
 
 # ------------------------------------------------------------------------------------------------ where it acts
@@ -107,8 +106,7 @@ def show_where(pipe: DifferenceInversionPipeline, image: Image.Image, difference
 def places(
     pipe: DifferenceInversionPipeline, image: Image.Image, difference: Any, *, seed: int = 0, **settings
 ) -> torch.Tensor:
-    """How much the difference moves the query's latents by place, (height, width) in latents, from 0 to 1,
-    which is the place that moves most.
+    """How much the difference moves the query's latents at each place: (height, width) in latents, 0 to 1.
 
     The query is drawn twice. A black mask keeps one on the way that leads back to it. At each step the other sets out
     from there too, and what lies between them after the step is the difference's doing.
