@@ -24,6 +24,7 @@ from .common import (
     LEARNING,
     STORYBOOK,
     answer,
+    check_device,
     fit_picture,
     load_pipeline,
     loading,
@@ -291,16 +292,6 @@ def answer_files(folder: Path, paths: list[str]) -> list[Path]:
         raise ValueError(f"--image: {' and '.join(twice)} have one name, and so would their answers; rename one")
     make_folder(folder)
     return [folder / name for name in names]
-
-
-def check_device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"--device: {name} cannot be used here; give another, such as cpu ({error})") from error
-    return torch.device(name)
 
 
 # --------------------------------------------------------------------------------------------- what a model does

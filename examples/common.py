@@ -61,6 +61,16 @@ def prompt_for_each(prompts: list[str] | None, count: int) -> list[str | None]:
     return list(prompts) if prompts and len(prompts) == count else [prompts[0] if prompts else None] * count
 
 
+def check_device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"--device: {name} cannot be used here; give another, such as cpu ({error})") from error
+    return torch.device(name)
+
+
 @contextmanager
 def loading(model: str) -> Iterator[None]:
     """Says it in one line if a model does not load, and shows progress only to someone who watches."""

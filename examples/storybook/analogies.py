@@ -89,6 +89,46 @@ def _analogy(rng: random.Random, before: Scene, changes: dict[str, str]) -> Anal
     return Analogy(kinds[0], before, after, query, target, kinds)
 
 
+def _chosen(kind: str, value: str, before: Scene, query: Scene) -> Analogy:
+    after, target = (dataclasses.replace(scene, **{kind: value}) for scene in (before, query))
+    return Analogy(kind, before, after, query, target)
+
+
+# Chosen by hand, to show and to try.
+EXAMPLES: dict[str, Analogy] = {
+    "cabin → castle": _chosen(
+        "subject",
+        "castle",
+        Scene("cabin", "red", "grass", "day", "nothing", "painting", x=0.51, size=0.48, horizon=0.59),
+        Scene("cabin", "blue", "snow", "sunset", "nothing", "painting", x=0.39, size=0.46, horizon=0.59),
+    ),
+    "day → night": _chosen(
+        "sky",
+        "night",
+        Scene("windmill", "blue", "grass", "day", "nothing", "painting", x=0.50, size=0.44, horizon=0.60),
+        Scene("castle", "yellow", "desert", "day", "nothing", "painting", x=0.46, size=0.49, horizon=0.60),
+    ),
+    "a rainbow": _chosen(
+        "extra",
+        "rainbow",
+        Scene("tent", "red", "snow", "day", "nothing", "painting", x=0.40, size=0.48, horizon=0.61),
+        Scene("boat", "purple", "water", "day", "nothing", "painting", x=0.39, size=0.49, horizon=0.65),
+    ),
+    "red → yellow": _chosen(
+        "color",
+        "yellow",
+        Scene("tent", "red", "desert", "day", "nothing", "painting", x=0.42, size=0.47, horizon=0.60),
+        Scene("windmill", "red", "grass", "sunset", "nothing", "painting", x=0.49, size=0.47, horizon=0.62),
+    ),
+    "painting → pixel art": _chosen(
+        "style",
+        "pixel art",
+        Scene("castle", "purple", "grass", "day", "nothing", "painting", x=0.43, size=0.47, horizon=0.62),
+        Scene("cabin", "yellow", "desert", "sunset", "balloon", "painting", x=0.40, size=0.47, horizon=0.60),
+    ),
+}
+
+
 def neighbours(scene: Scene) -> list[Scene]:
     """Every scene that differs from this one in exactly one attribute, with no value but the plain ones."""
     return [
