@@ -30,6 +30,8 @@ setup(
     extras_require={
         # The command is written with Typer. transformers brings it along today, and need not tomorrow.
         "cli": ["typer>=0.26.0"],
+        # examples/app.py is a page in Gradio, whose `launch` takes the theme only since 6. pandas comes with it.
+        "demo": ["gradio>=6.0.0"],
         # diffusers loads LoRAs with it.
         "lora": ["peft>=0.18.0"],
         # examples/make_triplets.py streams the paper's evaluation data with it.

@@ -76,11 +76,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            return False
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError):
+        return False
     return True
 
 
@@ -148,7 +147,7 @@ class Page(Layout):
             "concurrency_id": "model",
             "concurrency_limit": 1,
             "show_progress_on": self.status,
-            "show_progress": "minimal",
+            "show_progress": "full",
         }
         redraw = [
             *(slider.release for slider in (self.scale, self.guidance, self.second_scale)),
@@ -160,13 +159,13 @@ class Page(Layout):
             gr.on(redraw, self.with_names(self.redraw), **model, trigger_mode="always_last"),
         ]
         for run in runs:
-            run.then(self.rest, None, [self.learn_button, self.stop_button], queue=False)
+            run.failure(self.rest, None, [self.status, self.learn_button, self.stop_button], queue=False)
         self.stop_button.click(self.halt, self.stop, self.status, queue=False)
 
         listed = [self.changes, self.chosen, self.second]
         self.upload_button.upload(self.upload, [self.upload_button, self.changes], listed)
         self.chosen.change(self.describe, [self.changes, self.chosen], [self.words, self.download_button])
-        self.queries.change(self.show_to_paint, self.queries, self.mask)
+        gr.on([self.queries.change, self.painting.expand], self.show_to_paint, self.queries, self.mask)
         self.again_button.click(lambda answers: answers, self.answers, self.queries)
         if self.examples:
             self.gallery.select(self.choose, None, [self.before, self.after, self.queries])
@@ -202,7 +201,7 @@ class Page(Layout):
                 generator=torch.Generator().manual_seed(given.seed),
                 num_tokens=given.num_tokens,
                 init=given.init,
-                num_optimization_steps=given.learning_steps,
+                num_optimization_steps=given.learning_steps or None,
                 callback_on_optimization_step=watch,
             ),
         )
@@ -250,7 +249,7 @@ class Page(Layout):
                 answers.append((image, None))
                 yield {self.answers: [*answers, *(given.answers or [])[len(answers) : len(queries)]]}
         stopped = "Stopped. What was learned is kept: move “How much”, or press “Only draw”."
-        yield {self.status: status_line(stopped if given.stop.is_set() else "Done.")}
+        yield self.rest(stopped if given.stop.is_set() else "Done.")
 
     def follow(self, given: SimpleNamespace, work: Callable, where: str = "") -> Iterator[dict]:
         """Shows what the work reports, and returns its result."""
@@ -262,6 +261,8 @@ class Page(Layout):
                 return end.value
             if kind == "progress":
                 name, done, total = value
+                if given.stop.is_set():  # which the page says already
+                    continue
                 yield {self.status: status_line(f"{name}{where}", done, total)}
             elif kind == "loss":
                 losses.append(value)
@@ -279,8 +280,12 @@ class Page(Layout):
             self.stop_button: gr.Button(visible=True),
         }
 
-    def rest(self) -> tuple:
-        return gr.Button(visible=True), gr.Button(visible=False)
+    def rest(self, text: str = "") -> dict:
+        return {
+            self.status: status_line(text),
+            self.learn_button: gr.Button(visible=True),
+            self.stop_button: gr.Button(visible=False),
+        }
 
     def halt(self, stop: threading.Event) -> str:
         stop.set()

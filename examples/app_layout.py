@@ -21,7 +21,7 @@ from its middle."""
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
-.picture .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+.picture .grid-container { align-content: start; grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
 .picture .thumbnail-item { height: auto; aspect-ratio: 1; }
 .examples .grid-wrap { min-height: 0; }
 .status { min-height: 3em; }
@@ -69,12 +69,15 @@ class Layout:
                     self.lay_out_details()
 
     def lay_out_analogy(self) -> None:
-        picture = {"height": 290, "min_width": 140, "buttons": [], "elem_classes": "picture"}
-        several = picture | {"columns": 2, "object_fit": "contain"}
-        self.before = picture_box(label="A", **picture)
-        self.after = picture_box(label="A′", **picture)
-        self.queries = gr.Gallery(label="B", file_types=["image"], **several)
-        self.answers = gr.Gallery(label="B′", interactive=False, format="png", **several | {"buttons": ["download"]})
+        panel = {"height": 290, "min_width": 140}
+        several = panel | {"columns": 2, "object_fit": "contain"}
+        self.before = picture_box(label="A", elem_classes="picture", buttons=[], **panel)
+        self.after = picture_box(label="A′", elem_classes="picture", buttons=[], **panel)
+        self.queries = gr.Gallery(
+            label="B", file_types=["image"], elem_classes="picture queries", buttons=[], **several
+        )
+        shown = {"interactive": False, "format": "png", "buttons": ["download"]}
+        self.answers = gr.Gallery(label="B′", elem_classes="picture answers", **shown, **several)
 
     def lay_out_controls(self) -> None:
         with gr.Row():
@@ -91,16 +94,8 @@ class Layout:
     def lay_out_losses(self) -> None:
         colors = {"each step": "#fdba74", "smoothed": "#c2410c"}
         titles = {"x_title": "steps of learning", "y_title": "loss", "color_title": " "}
-        self.losses = gr.LinePlot(
-            x="step",
-            y="loss",
-            color="of",
-            color_map=colors,
-            **titles,
-            x_axis_labels_visible=False,
-            height=285,
-            buttons=[],
-        )
+        look = {"x_axis_labels_visible": False, "height": 285, "buttons": [], "elem_classes": "losses"}
+        self.losses = gr.LinePlot(x="step", y="loss", color="of", color_map=colors, **titles, **look)
 
     def lay_out_examples(self) -> None:
         pictures = [(self.square(paths), name) for name, paths in self.examples]
@@ -121,9 +116,9 @@ class Layout:
             self.second_scale = gr.Slider(-2, 2, 1, step=0.05, label="How much of it", info="negative: backwards")
 
     def lay_out_details(self) -> None:
-        with gr.Accordion("Change only a part of B", open=False):
+        with gr.Accordion("Change only a part of B", open=False) as self.painting:
             gr.Markdown("Paint what may change in the first B. The rest of it stays as it is, to the pixel.")
-            brush = gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=max(8, self.size // 8))
+            brush = gr.Brush(colors=[("#f97316", 0.6)], color_mode="fixed", default_size=max(8, self.size // 8))
             still = {"sources": (), "transforms": (), "layers": False, "show_label": False}
             self.mask = gr.ImageMask(type="pil", brush=brush, **still)
         with gr.Accordion("What the pictures show", open=False):
@@ -135,8 +130,8 @@ class Layout:
             begin = [("words", "words"), ("random rows, for what no word says", "random")]
             self.init = gr.Radio(begin, value="words", label="Learning begins with")
             self.num_tokens = gr.Slider(1, 16, 4, step=1, label="Tokens", info="the most that are learned")
-            self.learning_steps = gr.Number(
-                None, label="Steps of learning", info="empty: 8, or 60 for random rows", minimum=0, precision=0
+            self.learning_steps = gr.Slider(
+                0, 300, 0, step=1, label="Steps of learning", info="0: 8, or 60 for random rows"
             )
             self.steps = gr.Slider(5, 100, 50, step=1, label="Steps of drawing")
             self.strength = gr.Slider(0.05, 1, 0.9, step=0.05, label="Strength", info="less keeps more of B")
