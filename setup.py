@@ -30,18 +30,17 @@ setup(
     extras_require={
         # The command is written with Typer. transformers brings it along today, and need not tomorrow.
         "cli": ["typer>=0.26.0"],
-        # examples/app.py is a page in Gradio, whose `launch` takes the theme only since 6. pandas comes with it.
-        "demo": ["gradio>=6.0.0"],
         # diffusers loads LoRAs with it.
         "lora": ["peft>=0.18.0"],
         # examples/make_triplets.py streams the paper's evaluation data with it.
         "evaluation": ["datasets>=4.0.0"],
-        # examples/figures.py plots losses with it. Older releases call what pyparsing has deprecated.
-        "demo": ["matplotlib>=3.10.8"],
+        # examples/app.py is a page in Gradio, which brings pandas; its Stop button never shows in 6.10. examples/figures.py
+        # plots losses with matplotlib, whose older releases call what pyparsing has deprecated.
+        "demo": ["gradio>=6.20.0", "matplotlib>=3.10.8"],
         # pytest runs the tests, with xdist on all cores; hypothesis makes up inputs; some tests load a LoRA, and some
-        # run the command, stream a data set, or plot losses; nbclient runs the notebook, which nbformat reads, in a
-        # kernel of ipykernel; playwright opens pages in a Chromium, where there is one; ruff checks the style. tqdm
-        # and numpy come with the packages above.
+        # run the command, stream a data set, open the page, or plot losses; nbclient runs the notebook, which nbformat
+        # reads, in a kernel of ipykernel; playwright opens pages in a Chromium, where there is one; ruff checks the
+        # style. tqdm and numpy come with the packages above.
         "test": [
             "pytest>=8.0.0",
             "pytest-xdist>=3.5.0",
@@ -50,11 +49,12 @@ setup(
             "peft>=0.18.0",
             "typer>=0.26.0",
             "datasets>=4.0.0",
-            "playwright>=1.49.0",
+            "gradio>=6.20.0",
             "matplotlib>=3.10.8",
             "nbclient>=0.10.2",
             "nbformat>=5.10.4",
             "ipykernel>=7.0.1",
+            "playwright>=1.50.0",
         ],
     },
 )

@@ -21,7 +21,11 @@ from its middle."""
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto !important; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
-.picture .grid-container { align-content: start; grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+.picture .grid-container {
+  align-content: start;
+  grid-template: none / repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+  grid-auto-rows: min-content;
+}
 .picture .thumbnail-item { height: auto; aspect-ratio: 1; }
 .examples .grid-wrap { min-height: 0; }
 .status { min-height: 3em; }
