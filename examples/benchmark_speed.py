@@ -25,7 +25,6 @@ import argparse
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -35,15 +34,11 @@ from unittest import mock
 import torch
 import transformers
 from backbones import CONFIGS, build_backbone
+from common import STORYBOOK, check_device, check_model, loading, told_in_one_line
 from PIL import Image, ImageDraw
 
 import diffusers
-
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from pipeline_difference_inversion import FROM_WORDS, DifferenceInversionPipeline, Learner  # noqa: E402
+from pipeline_difference_inversion import FROM_WORDS, DifferenceInversionPipeline, Learner
 
 
 STAGES = {
@@ -65,7 +60,9 @@ def build(options: argparse.Namespace) -> DifferenceInversionPipeline:
         optional = dict.fromkeys(DifferenceInversionPipeline._optional_components)
         pipe = DifferenceInversionPipeline(**optional | build_backbone(options.model))
     else:
-        pipe = DifferenceInversionPipeline.from_pretrained(options.model)
+        check_model(options.model)
+        with loading("--model", options.model, f"a Stable Diffusion's folder, or {', '.join(CONFIGS)}"):
+            pipe = DifferenceInversionPipeline.from_pretrained(options.model)
     pipe.to(options.device, dtype=DTYPES.get(options.dtype))
     pipe.set_progress_bar_config(disable=True)
     if options.gradient_checkpointing:
@@ -350,8 +347,9 @@ def surroundings(pipe: DifferenceInversionPipeline, options: argparse.Namespace)
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = str(HERE / "storybook" / "model")
-    parser.add_argument("--model", default=default, help=f"{', '.join(CONFIGS)}, or a folder; Storybook by default")
+    parser.add_argument(
+        "--model", default=str(STORYBOOK), help=f"{', '.join(CONFIGS)}, or a folder; Storybook by default"
+    )
     parser.add_argument("--size", type=int, help="of the pictures, in pixels; the model's own by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of all models; by default as they are loaded")
@@ -360,12 +358,17 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="all by default")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of the UNet: slower, in less memory")
     parser.add_argument("--compile", action="store_true", help="the UNet, by torch.compile")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; give at least 1")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
-    pipe = build(options)
+    with told_in_one_line():
+        check_device(options.device)
+        pipe = build(options)
     for text in report(pipe, options):
         print(text, end="\n\n", flush=True)
 

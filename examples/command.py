@@ -6,7 +6,6 @@ know; 130, Ctrl-C.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import transformers
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
+import diffusers
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
 from .common import (
     DRAWING,
@@ -25,10 +26,13 @@ from .common import (
     STORYBOOK,
     answer,
     check_device,
+    check_target,
     fit_picture,
+    learning_settings,
     load_pipeline,
     loading,
     make_folder,
+    one_line,
     picture_size,
     prompt_for_each,
     read,
@@ -118,9 +122,7 @@ def learn(
     """
     with telling(as_json) as result:
         settings = learning_settings(read_settings(config, LEARNING))
-        if output.is_dir():
-            raise ValueError(f"--output: {output} is a folder; name a file in it")
-        make_folder(output.parent)
+        check_target(output, "--output")
         pair = read("--before", before), read("--after", after)
         pipe = load(model, device, dtype)
         prompts = {"before_prompt": before_prompt, "after_prompt": after_prompt}
@@ -245,7 +247,7 @@ def telling(as_json: bool) -> Iterator[dict]:
         say(f"interrupted. {stop}".rstrip())
         raise typer.Exit(130) from stop
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        say(re.sub(r"`(\w+)`", lambda name: OPTIONS.get(name[1], name[0]), str(error)))
+        say(one_line(error, OPTIONS))
         raise typer.Exit(1) from error
     print(json.dumps(result, indent=2) if as_json else "\n".join(as_lines(result)))
 
@@ -279,11 +281,6 @@ def texts(paths: list[Path]) -> list[str]:
 # ------------------------------------------------------------------- what is checked before a model is loaded
 
 
-def learning_settings(settings: dict) -> dict:
-    LearningConfig(**settings)  # refuses what learning would refuse later
-    return settings
-
-
 def answer_files(folder: Path, paths: list[str]) -> list[Path]:
     """Where the answers go: named after their pictures, yet never over them."""
     names = [f"{Path(path).stem}_answer.png" for path in paths]
@@ -297,6 +294,12 @@ def answer_files(folder: Path, paths: list[str]) -> list[Path]:
 # --------------------------------------------------------------------------------------------- what a model does
 
 
+def show_progress_to_those_who_watch() -> None:
+    for library in (diffusers, transformers):
+        switch = library.utils.logging
+        switch.enable_progress_bar() if sys.stderr.isatty() else switch.disable_progress_bar()
+
+
 def load(model: str | None, device: str | None, dtype: str | None) -> DifferenceInversionPipeline:
     if model is None and not STORYBOOK.exists():
         raise ValueError(
@@ -304,8 +307,8 @@ def load(model: str | None, device: str | None, dtype: str | None) -> Difference
         )
     where, model = check_device(device), model or str(STORYBOOK)
     note(f"Loading {model} …")
-    with loading(model):
-        pipe = load_pipeline(model, where, dtype and getattr(torch, dtype))
+    show_progress_to_those_who_watch()
+    pipe = load_pipeline(model, where, dtype and getattr(torch, dtype))
     show_progress(pipe)
     return pipe
 
@@ -316,7 +319,8 @@ def show_progress(pipe: DifferenceInversionPipeline, place: str | None = None) -
 
 
 def load_text_encoder(model: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    with loading(model):
+    show_progress_to_those_who_watch()
+    with loading("--model", model):
         return (
             CLIPTokenizer.from_pretrained(model, subfolder="tokenizer"),
             CLIPTextModel.from_pretrained(model, subfolder="text_encoder"),

@@ -18,7 +18,6 @@ their reasons, and the exit status is then 1.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,22 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from common import LEARNING, STORYBOOK, load_pipeline, open_image, parse_setting, picture_size
+from common import (
+    LEARNING,
+    STORYBOOK,
+    check_model,
+    fit_picture,
+    learning_settings,
+    load_pipeline,
+    make_folder,
+    parse_setting,
+    picture_size,
+    read_lines,
+    read_object,
+    read_picture,
+    told_in_one_line,
+)
+from PIL import Image
 from tqdm import tqdm
 
 
@@ -44,12 +58,7 @@ class Job:
 
 
 def read_jobs(path: Path) -> list[Job]:
-    if not path.is_file():
-        raise SystemExit(f"there is no file {path}; --pairs is a file of JSON lines")
-    lines = enumerate(path.read_text().splitlines(), 1)
-    jobs = [read_job(number, line, path.parent) for number, line in lines if line.strip()]
-    if not jobs:
-        raise SystemExit(f"{path} has no pairs")
+    jobs = [read_job(number, line, path.parent) for number, line in read_lines(path, "--pairs")]
     names = [job.name for job in jobs]
     for index, job in enumerate(jobs):
         if job.name in names[:index]:
@@ -60,22 +69,15 @@ def read_jobs(path: Path) -> list[Job]:
 def read_job(number: int, line: str, folder: Path) -> Job:
     job = Job(number, f"{number:05d}")
     try:
-        said = json.loads(line)
-    except json.JSONDecodeError as error:
-        job.fault = f"is no JSON: {error}"
+        said = read_object(line, folder, PICTURES, texts=(*PROMPTS, "name"))
+    except ValueError as error:
+        job.fault = str(error)
         return job
-    if not isinstance(said, dict):
-        job.fault = "is no JSON object"
-        return job
-    job.name = str(said.pop("name", job.name))
-    missing = [name for name in PICTURES if name not in said]
-    unknown = sorted(set(said) - {*PICTURES, *PROMPTS})
-    if missing or unknown:
-        job.fault = f"missing {missing}, unknown {unknown}"
-    elif Path(job.name).name != job.name:
+    job.name = said.pop("name", job.name)
+    if Path(job.name).name != job.name:
         job.fault = f"`name` is {job.name!r}; it becomes a file's name, without a folder"
     else:
-        job.said = said | {name: str(folder / str(said[name])) for name in PICTURES}
+        job.said = said
     return job
 
 
@@ -83,12 +85,16 @@ def learn(pipe, job: Job, options: argparse.Namespace) -> str | None:
     """Saves the job's difference, or returns why it can't be learned."""
     generator = torch.Generator().manual_seed(options.seed)
     try:
-        pictures = {name: open_image(job.said[name], picture_size(pipe)) for name in PICTURES}
+        pictures = {name: open_picture(job.said[name], picture_size(pipe)) for name in PICTURES}
         difference = pipe.invert_difference(**job.said | pictures, generator=generator, **dict(options.config))
         difference.save(target(job, options))
     except (OSError, TypeError, ValueError) as error:
         return str(error)
     return None
+
+
+def open_picture(path: str, size: int) -> Image.Image:
+    return fit_picture(read_picture(path, "--pairs"), size, path)
 
 
 def target(job: Job, options: argparse.Namespace) -> Path:
@@ -119,11 +125,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@told_in_one_line({name: f"--config {name}" for name in LEARNING})
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
+    learning_settings(dict(options.config))
     jobs = read_jobs(options.pairs)
+    make_folder(options.output)
+    check_model(options.model)
     state = PartialState(cpu=not torch.cuda.is_available())
-    options.output.mkdir(parents=True, exist_ok=True)
     faults = [(job.number, job.fault) for job in jobs if job.fault]
     left = [job for job in jobs if not job.fault and not target(job, options).exists()]
     state.wait_for_everyone()  # all have looked before anyone writes

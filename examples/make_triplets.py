@@ -7,8 +7,9 @@
     python examples/evaluate.py --triplets triplets/triplets.jsonl
 
 A and A' are the pictures before and after of one record, and B is the picture before of another record with the same
-instruction. The records are streamed from the Hub (timbrooks/instructpix2pix-clip-filtered), or from a folder of parquet
-files with the same columns: `original_prompt`, `original_image`, `edit_prompt`, `edited_prompt` and `edited_image`.
+instruction, whose picture after is kept as the `target`, a right answer. The records are streamed from the Hub
+(timbrooks/instructpix2pix-clip-filtered), or from a folder of parquet files with the same columns: `original_prompt`,
+`original_image`, `edit_prompt`, `edited_prompt` and `edited_image`.
 
 How they are drawn: records with the same instruction are paired in the order in which they come, the first with the
 second, the third with the fourth, and so on, so that no record is in two triplets. Every pair is as likely to be drawn as
@@ -193,13 +194,23 @@ def write_triplets(pairs: list[tuple[float, Record, Record]], output: Path) -> N
 
 
 def write_triplet(folder: Path, index: int, a: Record, b: Record) -> dict[str, str]:
-    """Saves three pictures, and returns the line that evaluate.py reads."""
-    pictures = {"before": a.original_image, "after": a.edited_image, "image": b.original_image}
+    """Saves four pictures, and returns the line that evaluate.py reads."""
+    pictures = {
+        "before": a.original_image,
+        "after": a.edited_image,
+        "image": b.original_image,
+        "target": b.edited_image,
+    }
     paths = {name: f"{index:05d}_{name}.png" for name in pictures}
     for name, encoded in pictures.items():
         decode(encoded).save(folder / paths[name])
-    prompts = {"before_prompt": a.original_prompt, "after_prompt": a.edited_prompt, "prompt": b.original_prompt}
-    return paths | prompts
+    return paths | {
+        "before_prompt": a.original_prompt,
+        "after_prompt": a.edited_prompt,
+        "prompt": b.original_prompt,
+        "answer_prompt": b.edited_prompt,
+        "instruction": b.edit_prompt,
+    }
 
 
 def positive(text: str) -> int:

@@ -15,16 +15,25 @@ from common import (
     IMAGES,
     STORYBOOK,
     answer,
+    fit_picture,
     learn,
     load_pipeline,
-    open_image,
+    make_folder,
     picture_size,
     prompt_for_each,
+    read_picture,
     save_sheet,
+    told_in_one_line,
 )
 
 
-def parse_options() -> argparse.Namespace:
+# What messages of the pipeline call by its own names.
+OPTIONS = {
+    name: f"--{name.replace('_', '-')}" for name in ("before_prompt", "after_prompt", "prompt", "guidance_scale")
+}
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default=str(IMAGES / "before.png"), help="picture A, a path or an address")
     parser.add_argument("--after", default=str(IMAGES / "after.png"), help="picture A', the same after the change")
@@ -36,30 +45,31 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(STORYBOOK), help="a Stable Diffusion 1.x or 2.x folder or Hub name")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the sheet and the difference")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    try:
-        options.prompt = prompt_for_each(options.prompt, len(options.image))
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse_options()
+@told_in_one_line(OPTIONS)
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    prompts = prompt_for_each(options.prompt, len(options.image))
+    before, after = read_picture(options.before, "--before"), read_picture(options.after, "--after")
+    queries = [read_picture(path, "--image") for path in options.image]
+    make_folder(options.output)
+
     pipe = load_pipeline(options.model)
     size = picture_size(pipe)
-    before, after = open_image(options.before, size), open_image(options.after, size)
-    queries = [open_image(path, size) for path in options.image]
+    before, after = fit_picture(before, size, options.before), fit_picture(after, size, options.after)
+    queries = [fit_picture(query, size, path) for query, path in zip(queries, options.image, strict=True)]
 
     print("Learning what changed …")
-    prompts = {"before_prompt": options.before_prompt, "after_prompt": options.after_prompt}
+    described = {"before_prompt": options.before_prompt, "after_prompt": options.after_prompt}
     path = options.output / "difference.safetensors"
-    difference, path = learn(pipe, before, after, path, options.seed, **prompts)
+    difference, path = learn(pipe, before, after, path, options.seed, **described)
 
     print(f"{difference}\nApplying it to {len(queries)} pictures …")
     answers = [
         answer(pipe, query, difference, options.seed, prompt=prompt, guidance_scale=options.guidance_scale)
-        for query, prompt in zip(queries, options.prompt, strict=True)
+        for query, prompt in zip(queries, prompts, strict=True)
     ]
     sheet = save_sheet(options.output / "sheet.png", queries, answers, (before, after))
     print(f"The pictures:   {sheet.resolve()}\nThe difference: {path.resolve()}")

@@ -13,12 +13,11 @@ from types import SimpleNamespace
 
 import benchmark
 import benchmark_speed
-import evaluate
 import invert_many
 import pytest
 import torch
 from analogies import BLENDS, Analogy, judge, random_analogy, random_wordless_analogy
-from baselines import load_instruct, picture_latents, visii_instruction
+from baselines import picture_latents, visii_instruction
 from benchmark import (
     CEILING,
     Answer,
@@ -42,9 +41,10 @@ from questions import draw_questions, with_fillers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scores import clip_near_misses, clip_restated
+from stock import load_instruct
 from train import bf16_pays
 from training import draw
-from transformers import BitImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import CLIPModel
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -376,43 +376,6 @@ def test_benchmark_refuses_an_argument_that_the_pipeline_does_not_have(capsys):
     assert "no argument 'num_token'" in capsys.readouterr().err
 
 
-def write_triplets(folder: Path, answers: list[str]) -> Path:
-    """One analogy's pictures, and a line for each of its `answers`, by the name of the scene that is answered."""
-    analogy = random_analogy(random.Random("triplets"), "sky")
-    for part in ("before", "after", "query", "target"):
-        render(getattr(analogy, part)).save(folder / f"{part}.png")
-    lines = [
-        {"before": "before.png", "after": "after.png", "image": "query.png", "answer": f"{name}.png"}
-        for name in answers
-    ]
-    path = folder / "triplets.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_evaluate_scores_a_right_answer_above_a_wrong_one_and_an_unchanged_query_at_nothing(tmp_path, capsys):
-    dino = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56))
-    dino.save_pretrained(tmp_path / "dino")
-    BitImageProcessor(size={"shortest_edge": 56}, crop_size=56).save_pretrained(tmp_path / "dino")
-    triplets = write_triplets(tmp_path, ["target", "before", "query"])
-    for encoder in ([], ["--encoder", str(tmp_path / "dino")]):
-        evaluate.main(["--triplets", str(triplets), "--output", str(tmp_path), *encoder])
-        scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-        right, wrong, unchanged = (line[name] for line in scores for name in set(line) - {"index"})
-        assert right > wrong and unchanged == pytest.approx(0, abs=1e-4)
-        assert "| 3 |" in capsys.readouterr().out
-
-
-def test_evaluate_answers_a_triplet_that_has_no_answer(tmp_path):
-    triplets = write_triplets(tmp_path, ["query"])
-    (line,) = (json.loads(line) for line in triplets.read_text().splitlines())
-    triplets.write_text(json.dumps({name: path for name, path in line.items() if name != "answer"}))
-    evaluate.main(["--triplets", str(triplets), "--output", str(tmp_path / "out")])
-    assert load_image(str(tmp_path / "out" / "00000.png")).size == (128, 128)
-    (scores,) = (json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines())
-    assert scores["the model's CLIP"] > 0  # towards what changed, and not away from it
-
-
 def test_many_differences_are_learned_once_and_bad_pairs_are_told_at_the_end(tmp_path, capsys):
     build_pipeline().save_pretrained(tmp_path / "model")
     for color in ("red", "blue"):
@@ -491,23 +454,6 @@ def test_the_speed_benchmark_counts_every_latent_of_an_analogy_once(tmp_path, ca
     assert latents["learning"] == 60 * 4 and latents["judging"] == 5 * 8
     assert latents["inversion"] == latents["drawing"] == 9 and latents["captions"] == latents["the rest"] == 0
     assert latents.pop("**all**") == sum(latents.values())
-
-
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
-        ('{"before": "a.png", "after": "a.png"}', "missing ['image']"),
-        ('{"before": "a.png", "after": "a.png", "image": "no.png"}', "there is no file"),
-        ("before, after", "is no JSON"),
-        ("3", "is no JSON object"),
-    ],
-)
-def test_evaluate_says_what_is_wrong_with_a_list_of_triplets(tmp_path, line, complaint):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "triplets.jsonl").write_text(line)
-    with pytest.raises(SystemExit, match="line 1") as stopped:
-        evaluate.main(["--triplets", str(tmp_path / "triplets.jsonl")])
-    assert complaint in str(stopped.value)
 
 
 @pytest.mark.parametrize(

@@ -58,12 +58,13 @@ def numbers(triplet: dict) -> tuple[int, int]:
     """Those of A's record and B's, when pictures and prompts all agree on them."""
     a, b = int(triplet["before_prompt"].split()[1]), int(triplet["prompt"].split()[1])
     assert triplet["after_prompt"] == f"after {a}" and triplet["prompt"] == f"before {b}"
+    assert triplet["answer_prompt"] == f"after {b}" and triplet["instruction"]
     pixels = []
-    for name in ("before", "after", "image"):
+    for name in ("before", "after", "image", "target"):
         with Image.open(triplet[name]) as image:
             assert image.format == "PNG"
             pixels.append(image.getpixel((0, 0)))
-    assert pixels == [(a, 0, 0), (a, 255, 0), (b, 0, 0)]
+    assert pixels == [(a, 0, 0), (a, 255, 0), (b, 0, 0), (b, 255, 0)]
     return a, b
 
 
@@ -75,7 +76,7 @@ def test_b_is_another_record_with_as_instruction(whole, tmp_path, capsys):
     assert "16 triplets of 300 asked for" in said
     assert "40 records read, 8 instructions seen once, 0 records damaged" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert len(list((tmp_path / "out").iterdir())) == 3 * 16 + 1
+    assert len(list((tmp_path / "out").iterdir())) == 4 * 16 + 1
 
 
 def test_the_seed_says_which_triplets_are_drawn(whole, tmp_path):

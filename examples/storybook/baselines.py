@@ -1,41 +1,15 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmark compares with: diffusers' own pipelines on Storybook's weights, and VISII, which has none there."""
-
-from pathlib import Path
+"""What the benchmark compares with and diffusers has no pipeline for: VISII."""
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffusers import (
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 
 
 # The weights and the number of steps of VISII's paper (section 4) and the learning rate of its authors' configuration.
 VISII_STEPS, VISII_LEARNING_RATE, VISII_LAMBDA_MSE, VISII_LAMBDA_CLIP = 1000, 1e-3, 4.0, 0.1
-
-
-def stock(pipeline: type[DiffusionPipeline], pipe: DiffusionPipeline, **parts) -> DiffusionPipeline:
-    """A pipeline of diffusers with the parts of `pipe`, but for those given."""
-    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")} | parts
-    built = pipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    built.set_progress_bar_config(disable=True)
-    return built
-
-
-def load_sdedit(pipe: DiffusionPipeline) -> StableDiffusionImg2ImgPipeline:
-    return stock(StableDiffusionImg2ImgPipeline, pipe)
-
-
-def load_instruct(pipe: DiffusionPipeline, folder: Path) -> StableDiffusionInstructPix2PixPipeline:
-    """With the UNet that `train.py instruct` wrote to `folder`."""
-    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32).to(pipe.device)
-    return stock(StableDiffusionInstructPix2PixPipeline, pipe, unet=unet.requires_grad_(False).eval())
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from analogies import Analogy, judge
-from baselines import load_instruct, load_sdedit, visii_instruction
+from baselines import visii_instruction
 from components import XL_COMPONENTS
 from PIL import Image
 from questions import SETTINGS, Question, draw_questions
@@ -84,8 +84,19 @@ from diffusers.utils import make_image_grid
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from common import APPLYING, LEARNING, parse_setting  # noqa: E402
+from common import (  # noqa: E402
+    APPLYING,
+    LEARNING,
+    as_arguments,
+    check_model,
+    check_picture_target,
+    check_target,
+    loading,
+    parse_setting,
+    told_in_one_line,
+)
 from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
+from stock import load_instruct, load_sdedit  # noqa: E402
 from tables import Z, markdown, rate_cell, wilson  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
@@ -151,11 +162,15 @@ class Answer:
 def load_pipeline(
     folder: Path, device: torch.device, xl: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> DifferenceInversionPipeline:
-    parts = {name: kind.from_pretrained(xl / name) for name, (_, kind) in XL_COMPONENTS.items()} if xl else {}
+    parts = {}
+    if xl:
+        with loading("--xl", xl, "the folder of Storybook-XL's own parts"):
+            parts = {name: kind.from_pretrained(xl / name) for name, (_, kind) in XL_COMPONENTS.items()}
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(dtype)
-    pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=dtype, **parts)
+    with loading("--model", folder, "the folder of a Storybook"):
+        pipe = DifferenceInversionPipeline.from_pretrained(folder, dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # a CPU then has a batch of 12 in 0.6 of the time
     return pipe.to(device)
@@ -193,13 +208,6 @@ def ours(task: Task, config: dict) -> Image.Image:
     asked = as_arguments(config | task.question.arguments) | task.question.prompts
     pair = {"before": task.before, "after": task.after}
     return task.pipe(image=task.query, **pair, **asked, generator=task.generator).images[0]
-
-
-def as_arguments(config: dict) -> dict:
-    """A configuration as a call of the pipeline takes it. Prompts are completed, or not, in learning and for the query."""
-    learning = {name: value for name, value in config.items() if name in LEARNING}
-    others = {name: value for name, value in config.items() if name not in LEARNING or name == "complete_prompts"}
-    return others | {"learning_kwargs": learning}
 
 
 def oracle(task: Task, config: dict) -> Image.Image:
@@ -547,17 +555,34 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--visii learns in steps that are lost in --dtype bfloat16")
     if options.others_only and (options.config or options.paper):
         parser.error("--others-only leaves out what --config and --paper ask for")
+    if options.per_kind < 1:
+        parser.error(f"--per-kind is {options.per_kind}; give at least 1")
+    if any(not 0 <= strength <= 1 for strength in options.sdedit):
+        parser.error(f"--sdedit is {options.sdedit}; strengths are 0 to 1")
     configs = [dict(config) for config in options.config or [[]]] + [PAPER] * options.paper
     options.configs = [] if options.others_only else configs
     options.setting = list(dict.fromkeys(options.setting))
     return options
 
 
+def check_files(options: argparse.Namespace) -> None:
+    """Before hours of answers that could not be written."""
+    if options.output:
+        check_target(options.output, "--output")
+    for name in ("sheet", "failures"):
+        if file := getattr(options, name):
+            check_picture_target(file, f"--{name}")
+    for name, file in {"model": "model_index.json", "xl": "unet/config.json", "instruct": "config.json"}.items():
+        if folder := getattr(options, name):
+            check_model(str(folder), f"--{name}", (file,))
+
+
 def main(arguments: list[str] | None = None) -> None:
     options, state = parse_options(arguments), PartialState(cpu=not torch.cuda.is_available())
-    dtype = DTYPES[options.dtype]
-    pipe = load_pipeline(options.model, state.device, options.xl, dtype)
-    options.instruct = options.instruct and load_instruct(pipe, options.instruct).to(dtype)
+    with told_in_one_line():
+        check_files(options)
+        pipe = load_pipeline(options.model, state.device, options.xl, DTYPES[options.dtype])
+        options.instruct = options.instruct and load_instruct(pipe, options.instruct, "--instruct")
     encode = encoder_of(pipe.clip, pipe.clip_processor.image_processor)
     questions = [q for setting in options.setting for q in draw_questions(setting, options.seed, options.per_kind)]
     earlier = read_answers(options.output, questions, options)
