@@ -108,6 +108,19 @@ def load_component(options: argparse.Namespace, name: str, folder: Path | None =
     return component
 
 
+STAGE_OF = {"text_encoder": "clip", "text_encoder_2": "clip_2"}  # the others are written by stages of their own names
+
+
+def need_component(options: argparse.Namespace, name: str, folder: Path | None = None):
+    """Likewise, but the script ends where it has not been written yet."""
+    component = load_component(options, name, folder)
+    if component is None:
+        option = "--model-dir" if folder is None else "--xl-dir"
+        stage = STAGE_OF.get(name, name)
+        raise SystemExit(f"{option}: {folder or options.model_dir} has no {name}; first run train.py {stage}")
+    return component
+
+
 def write_model_index(options: argparse.Namespace) -> None:
     """Tells diffusers which class loads which folder."""
     index = {"_class_name": "DifferenceInversionPipeline", "_diffusers_version": diffusers.__version__}
@@ -241,7 +254,7 @@ def build_captioner(tokenizer: BertTokenizer) -> BlipForConditionalGeneration:
 
 def build_unet_xl(options: argparse.Namespace) -> UNet2DConditionModel:
     """Storybook's UNet, which begins as it was for the first text encoder's half, and deaf to what is new."""
-    old = load_component(options, "unet")
+    old = need_component(options, "unet")
     new = {
         "cross_attention_dim": WIDTH + WIDTH_2,
         "addition_embed_type": "text_time",
@@ -264,7 +277,7 @@ def build_unet_xl(options: argparse.Namespace) -> UNet2DConditionModel:
 
 def build_instruct_unet(options: argparse.Namespace) -> UNet2DConditionModel:
     """Storybook's UNet with four more input channels, for the picture to edit, whose weights begin at zero."""
-    unet = load_component(options, "unet").requires_grad_(True)
+    unet = need_component(options, "unet").requires_grad_(True)
     old = unet.conv_in
     unet.register_to_config(in_channels=8)
     unet.conv_in = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, padding=old.padding).to(options.device)

@@ -57,7 +57,7 @@ from components import (
     build_vae,
     decode,
     encode,
-    load_component,
+    need_component,
     save_component,
     to_clip,
     to_signed,
@@ -67,7 +67,7 @@ from components import (
 from scores import psnr, stage_evaluate
 from tqdm import tqdm
 from train_instruct import stage_edits, stage_instruct
-from training import begin, draw, fit, jitter, load_pictures, load_scenes, spread_times, token_ids
+from training import begin, draw, fit, jitter, load_pictures, load_scenes, made, spread_times, token_ids
 from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
@@ -82,6 +82,11 @@ from transformers import (
 from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+
+
+sys.path.insert(0, str(HERE.parent))
+
+from common import make_folder, told_in_one_line  # noqa: E402
 
 
 VOCABULARY_SIZE = 500
@@ -185,7 +190,8 @@ def similar_scenes(values: np.ndarray, count: int, rng: random.Random) -> list[i
 
 def stage_clip(options: argparse.Namespace) -> None:
     """Trains CLIP, whose text tower is also the text encoder."""
-    tokenizer = load_component(options, "tokenizer")
+    made(options, "pictures.npy")  # before anything is written
+    tokenizer = need_component(options, "tokenizer")
     images = CLIPImageProcessor(size={"shortest_edge": PICTURE_SIZE}, crop_size=IMAGE_SIZE)
     save_component(CLIPProcessor(images, tokenizer), options.model_dir / "clip_processor")
 
@@ -243,7 +249,7 @@ def stage_vae(options: argparse.Namespace) -> None:
 
 def stage_decoder(options: argparse.Namespace) -> None:
     """Trains the decoder on; the encoder stays as it is, and with it the latents and all that was learned on them."""
-    vae = load_component(options, "vae")
+    vae = need_component(options, "vae")
     for part in (vae.decoder, vae.post_quant_conv):
         part.requires_grad_(True)
     train_vae("decoder", vae, options)
@@ -276,7 +282,7 @@ def train_vae(stage: str, model: AutoencoderKL, options: argparse.Namespace) -> 
 
 def stage_latents(options: argparse.Namespace) -> None:
     """Encodes every picture with the VAE as it was saved."""
-    vae, pictures = load_component(options, "vae"), load_pictures(options)
+    vae, pictures = need_component(options, "vae"), load_pictures(options)
     latents = np.empty((len(pictures), 4, PICTURE_SIZE // 8, PICTURE_SIZE // 8), dtype=np.float16)
     for start in tqdm(range(0, len(pictures), 64), desc="latents"):
         batch = encode(vae, to_signed(pictures[start : start + 64])) * vae.config.scaling_factor
@@ -299,7 +305,7 @@ def unet_caption(scene: Scene, rng: random.Random) -> str:
 
 def stage_unet(options: argparse.Namespace) -> None:
     """Trains the diffusion model on cached latents."""
-    tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
+    tokenizer, text_encoder = need_component(options, "tokenizer"), need_component(options, "text_encoder")
     save_component(build_scheduler(), options.model_dir / "scheduler")
 
     def told(captions: list[str]) -> dict[str, torch.Tensor]:
@@ -311,7 +317,7 @@ def stage_unet(options: argparse.Namespace) -> None:
 
 def train_unet(stage: str, model: UNet2DConditionModel, told: Callable, options, folder: Path) -> None:
     """On cached latents, told captions as the UNet's keyword arguments."""
-    latents, scenes = torch.from_numpy(np.load(options.work_dir / "latents.npy")), load_scenes(options)
+    latents, scenes = torch.from_numpy(np.load(made(options, "latents.npy"))), load_scenes(options)
     scheduler = build_scheduler()
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
@@ -362,7 +368,7 @@ def stage_captioner(options: argparse.Namespace) -> None:
     pictures, scenes = load_pictures(options), load_scenes(options)
     tokenizer = build_captioner_tokenizer()
     model = build_captioner(tokenizer).to(options.device)
-    copy_image_tower(load_component(options, "clip"), model, to_signed(pictures[:64]).to(options.device))
+    copy_image_tower(need_component(options, "clip"), model, to_signed(pictures[:64]).to(options.device))
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = rng.choices(range(len(scenes)), k=batch_size)
@@ -385,7 +391,8 @@ def stage_captioner(options: argparse.Namespace) -> None:
 
 def stage_clip_2(options: argparse.Namespace) -> None:
     """Trains Storybook-XL's second CLIP; its text tower, with the projection, is the second text encoder."""
-    tokenizer = load_component(options, "tokenizer")
+    made(options, "pictures.npy")  # before anything is written
+    tokenizer = need_component(options, "tokenizer")
     model = build_clip(tokenizer, WIDTH_2)
     save_component(tokenizer, options.xl_dir / "tokenizer_2")
     tokenizer.backend_tokenizer.model.save(str(options.xl_dir / "tokenizer_2"))
@@ -400,8 +407,8 @@ def stage_clip_2(options: argparse.Namespace) -> None:
 
 def stage_unet_xl(options: argparse.Namespace) -> None:
     """Trains the UNet to hear two text encoders, as SDXL's does: one layer early, and the second's pooled as well."""
-    tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
-    text_encoder_2 = load_component(options, "text_encoder_2", options.xl_dir)
+    tokenizer, text_encoder = need_component(options, "tokenizer"), need_component(options, "text_encoder")
+    text_encoder_2 = need_component(options, "text_encoder_2", options.xl_dir)
 
     def told(captions: list[str]) -> dict[str, Any]:
         ids = token_ids(tokenizer, captions).to(options.device)
@@ -458,7 +465,7 @@ def bf16_pays(device: torch.device) -> bool:
     return bool(able.get("amx_bf16"))
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--work-dir", type=Path, default=HERE / "runs", help="pictures, logs, checkpoints, sheets")
@@ -477,21 +484,22 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of the training steps")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of evaluation's text to image")
     parser.add_argument("--evaluation-scenes", type=int, default=200)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.bf16 = bf16_pays(options.device) if options.precision == "auto" else options.precision == "bf16"
     return options
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    with told_in_one_line():
+        make_folder(options.work_dir, "--work-dir")
+        make_folder(options.model_dir, "--model-dir")
     keep_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for folder in (options.work_dir, options.model_dir):
-        folder.mkdir(parents=True, exist_ok=True)
     for stage in ALL if options.stage == "all" else [options.stage]:
         torch.manual_seed(options.seed)
         STAGES[stage](options)

@@ -16,13 +16,13 @@ from components import (
     build_instruct_unet,
     build_scheduler,
     encode,
-    load_component,
+    need_component,
     save_component,
     to_signed,
     write_text,
 )
 from tqdm import tqdm
-from training import draw, fit, load_scenes, spread_times, token_ids
+from training import draw, fit, load_scenes, made, spread_times, token_ids
 from world import ATTRIBUTES, Scene, restatement
 
 from diffusers import UNet2DConditionModel
@@ -40,7 +40,7 @@ def draw_edit(job: tuple[Scene, int]) -> tuple[str, np.ndarray]:
 
 def stage_edits(options: argparse.Namespace) -> None:
     """Draws an edit of each of the first `--edits` training pictures and encodes it."""
-    vae, scenes = load_component(options, "vae"), load_scenes(options)[: options.edits]
+    vae, scenes = need_component(options, "vae"), load_scenes(options)[: options.edits]
     instructions, latents = [], []
     with multiprocessing.get_context("spawn").Pool(options.threads or os.cpu_count()) as pool:
         drawn = pool.imap(draw_edit, zip(scenes, range(len(scenes)), strict=True), chunksize=64)
@@ -57,10 +57,10 @@ def stage_edits(options: argparse.Namespace) -> None:
 
 def stage_instruct(options: argparse.Namespace) -> None:
     """Trains InstructPix2Pix from Storybook's own weights, as its paper does from Stable Diffusion's (section 3.2)."""
-    tokenizer, text_encoder = load_component(options, "tokenizer"), load_component(options, "text_encoder")
-    instructions = json.loads((options.work_dir / "edits.json").read_text())
-    before, after = (torch.from_numpy(np.load(options.work_dir / f"{name}.npy")) for name in ("latents", "edits"))
-    scale = load_component(options, "vae").config.scaling_factor
+    tokenizer, text_encoder = need_component(options, "tokenizer"), need_component(options, "text_encoder")
+    instructions = json.loads(made(options, "edits.json").read_text())
+    before, after = (torch.from_numpy(np.load(made(options, f"{name}.npy"))) for name in ("latents", "edits"))
+    scale = need_component(options, "vae").config.scaling_factor
     scheduler, model = build_scheduler(), build_instruct_unet(options)
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,12 +54,21 @@ def draw(scene: Scene) -> np.ndarray:
     return np.asarray(render(scene).convert("RGB"))
 
 
+def made(options: argparse.Namespace, name: str) -> Path:
+    """A file that an earlier stage leaves in the work folder; the script ends where it is not there yet."""
+    file = options.work_dir / name
+    if not file.is_file():
+        stage = {"scenes": "pictures"}.get(file.stem, file.stem)
+        raise SystemExit(f"--work-dir: {options.work_dir} has no {name}; first run train.py {stage}")
+    return file
+
+
 def load_scenes(options: argparse.Namespace) -> list[Scene]:
-    return [Scene(**fields) for fields in json.loads((options.work_dir / "scenes.json").read_text())]
+    return [Scene(**fields) for fields in json.loads(made(options, "scenes.json").read_text())]
 
 
 def load_pictures(options: argparse.Namespace) -> np.ndarray:
-    return np.load(options.work_dir / "pictures.npy", mmap_mode="r")
+    return np.load(made(options, "pictures.npy"), mmap_mode="r")
 
 
 def jitter(signed: torch.Tensor) -> torch.Tensor:

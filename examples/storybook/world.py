@@ -7,11 +7,12 @@ caption names. Everything else in a picture follows from these; nothing is rando
     python examples/storybook/world.py sheet.png    # draws 64 scenes to look at
 """
 
+import argparse
 import dataclasses
 import functools
 import math
 import random
-import sys
+from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
@@ -416,8 +417,17 @@ def render(scene: Scene) -> Image.Image:
     return picture
 
 
-if __name__ == "__main__":
-    from diffusers.utils import make_image_grid
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the picture to write, such as sheet.png")
+    file = parser.parse_args().file
+    if file.suffix.lower() not in Image.registered_extensions() or not file.parent.is_dir():
+        parser.error(f"FILE is {file}; name a picture such as sheet.png in a folder that is there")
+    rng, sheet = random.Random(0), Image.new("RGB", (8 * PICTURE_SIZE, 8 * PICTURE_SIZE))
+    for index in range(64):
+        sheet.paste(render(random_scene(rng)), (index % 8 * PICTURE_SIZE, index // 8 * PICTURE_SIZE))
+    sheet.save(file)
 
-    rng = random.Random(0)
-    make_image_grid([render(random_scene(rng)) for _ in range(64)], rows=8, cols=8).save(sys.argv[1])
+
+if __name__ == "__main__":
+    main()
