@@ -14,22 +14,21 @@ learned, and shows the two pictures if they are given.
 
 import argparse
 import json
+import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+from common import STORYBOOK, loading, make_folder, read_picture, told_in_one_line
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
-from diffusers.utils import load_image
+from pipeline_difference_inversion import DifferenceTokens
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from pipeline_difference_inversion import DifferenceTokens, flatten_image  # noqa: E402
-
-
 PIPELINE_FILE = ROOT / "pipeline_difference_inversion.py"
 
 
@@ -77,8 +76,24 @@ def write_pipeline(folder: Path, repo_id: str) -> None:
 
 
 def write_storybook(folder: Path, repo_id: str) -> None:
-    shutil.copytree(ROOT / "examples" / "storybook" / "model", folder, dirs_exist_ok=True)
+    """The checkpoint, the pipeline, and its card, which then names the repository and has its pictures beside it."""
+    shutil.copytree(STORYBOOK, folder, dirs_exist_ok=True)
     add_code(folder)
+    card = (STORYBOOK / "README.md").read_text(encoding="utf-8")
+    card = card.replace(f'"{STORYBOOK.relative_to(ROOT).as_posix()}"', f'"{repo_id}"')
+    (folder / "README.md").write_text(bring_pictures(card, STORYBOOK, folder), encoding="utf-8")
+
+
+def bring_pictures(card: str, source: Path, folder: Path) -> str:
+    """A card of `source` whose pictures are copied to `folder`; of links to what else the project has, the words stay."""
+
+    def mend(link: re.Match) -> str:
+        shown, words, path = link.groups()
+        if not shown:
+            return words
+        return f"![{words}]({Path(shutil.copy(source / path, folder)).name})"
+
+    return re.sub(r"(!?)\[([^]]*)\]\((?!https?://|#)([^)]+)\)", mend, card)
 
 
 def add_code(folder: Path) -> None:
@@ -94,13 +109,14 @@ def add_code(folder: Path) -> None:
 WRITERS = {"pipeline": write_pipeline, "storybook": write_storybook}
 
 
-def write_difference(folder: Path, repo_id: str, difference: DifferenceTokens, pictures: dict[str, Path]) -> None:
+def write_difference(
+    folder: Path, repo_id: str, difference: DifferenceTokens, pictures: dict[str, Image.Image]
+) -> None:
     """The file, the pictures, and a card that says how it was learned."""
-    shown = {name: flatten_image(load_image(str(path)), name) for name, path in pictures.items()}
     difference.save_pretrained(folder)
-    for name, image in shown.items():
+    for name, image in pictures.items():
         image.save(folder / f"{name}.png")
-    card_of(difference, repo_id, list(shown)).save(folder / "README.md")
+    card_of(difference, repo_id, list(pictures)).save(folder / "README.md")
 
 
 def card_of(difference: DifferenceTokens, repo_id: str, pictures: list[str]) -> ModelCard:
@@ -130,6 +146,19 @@ def card_of(difference: DifferenceTokens, repo_id: str, pictures: list[str]) -> 
     return ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}")
 
 
+def check_repository(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"USER/NAME: {error}") from error
+
+
+def read_difference(file: Path) -> DifferenceTokens:
+    with loading("--file", file, "a difference's safetensors file"):
+        return DifferenceTokens.load(file)
+
+
+@told_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*WRITERS, "difference"])
@@ -143,7 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
     pictures = {name: getattr(options, name) for name in ("before", "after") if getattr(options, name)}
     if (options.what == "difference") != (options.file is not None) or (pictures and options.file is None):
         parser.error("--file is the difference that `difference` publishes, and --before and --after are its pictures")
-    difference = DifferenceTokens.load(options.file) if options.file else None
+    check_repository(options.repo_id)
+    pictures = {name: read_picture(str(path), f"--{name}") for name, path in pictures.items()}
+    difference = read_difference(options.file) if options.file else None
 
     def write(folder: Path) -> None:
         if difference is None:
@@ -152,8 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_difference(folder, options.repo_id, difference, pictures)
 
     if options.dry_run:
-        options.dry_run.mkdir(parents=True, exist_ok=True)
-        write(options.dry_run)
+        write(make_folder(options.dry_run, "--dry-run"))
         print(f"{options.dry_run} holds what would go to {options.repo_id}.")
         return
     api = HfApi()

@@ -102,7 +102,7 @@ def test_a_file_is_published_as_a_difference_and_nothing_else_is(tmp_path, capsy
 def test_a_difference_is_published_with_its_card_once_its_pictures_are_opened(hub, tmp_path):
     file = random_tokens().save(tmp_path / "d")
     picture("red").save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="none.png"):
+    with pytest.raises(SystemExit, match="none.png"):
         publish.main(["difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'none.png'}"])
     assert "someone/thing" not in hub.repositories
     publish.main(["difference", "someone/thing", f"--file={file}", f"--after={tmp_path / 'a.png'}"])
@@ -326,6 +326,43 @@ def test_the_published_pipeline_loads_beside_any_checkpoint(shelf, tmp_path):
     assert said.split()[-4:] == ["DifferenceInversionPipeline", "False", "False", "False"]
     card = (tmp_path / "code" / "README.md").read_text()
     assert 'custom_pipeline="someone/difference-inversion"' in card and PIPELINE_FILE.name not in card
+
+
+def links(text: str) -> list[str]:
+    """Where a Markdown text leads, but for addresses."""
+    code = re.compile(r"^ *```.*?^ *```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\]\(([^)\s]+)\)", code.sub("", text))
+    return [link for link in found if not link.startswith(("https://", "http://"))]
+
+
+def anchors(text: str) -> set[str]:
+    """Of its headings, as GitHub and the Hub make them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(file: Path) -> list[str]:
+    text, broken = file.read_text(), []
+    for link in links(text):
+        path, _, anchor = link.partition("#")
+        target = file.parent / path if path else file
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+    return broken
+
+
+def test_no_link_of_a_document_or_a_published_card_breaks(tmp_path):
+    """A published card has nothing around it but what goes up with it."""
+    random_tokens().save(tmp_path / "d.safetensors")
+    picture().save(tmp_path / "a.png")
+    story = [f"--file={tmp_path / 'd.safetensors'}", f"--before={tmp_path / 'a.png'}"]
+    for what, more in {"pipeline": [], "storybook": [], "difference": story}.items():
+        publish.main([what, "someone/thing", *more, "--dry-run", str(tmp_path / what)])
+    cards = [tmp_path / what / "README.md" for what in ("pipeline", "storybook", "difference")]
+    documents = [*ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    assert {file: broken for file in [*cards, *documents] if (broken := broken_links(file))} == {}
+    assert links(cards[1].read_text()) == ["text_to_image.png"] and links(cards[2].read_text()) == ["before.png"]
+    assert "someone/thing" in cards[1].read_text() and "examples/storybook/model" not in cards[1].read_text()
 
 
 def put_pinned(hub: Hub, repo_id: str) -> None:
