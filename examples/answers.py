@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import read_picture
-from evaluate import PATHS
+from evaluate import PICTURES, find_answers
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name for the tables, and the folder of its answers, each named by its triplet's index from 0: 00000.png."""
+    """A name for the tables, and the folder of its answers, whose names are as `evaluate.py` takes them."""
 
     name: str
     folder: Path
@@ -33,44 +33,34 @@ def add_answers(triplets: list[dict], methods: list[Method], option: str) -> lis
     """For each triplet the paths of A, A' and B (`before`, `after`, `image`), and of each method's answer, by name.
 
     Raises:
-        SystemExit: if two methods have one name, an answer is missing, or a file is no picture.
+        ValueError: if two methods have one name, an answer is missing, or a file is no picture.
     """
     names = [method.name for method in methods]
-    if len(set(names)) < len(names) or set(names) & set(PATHS):
-        raise SystemExit(f"{option}: {', '.join(names)} are not names that differ; give NAME=FOLDER")
-    for method in methods:
-        missing = [path.name for path in answer_paths(method, len(triplets)) if not path.is_file()]
-        if missing:
-            raise SystemExit(
-                f"{option} {method.folder} lacks {len(missing)} of {len(triplets)} answers, the first {missing[0]}"
-            )
-    answers = zip(*(answer_paths(method, len(triplets)) for method in methods), strict=True)
+    if len(set(names)) < len(names) or set(names) & set(PICTURES):
+        raise ValueError(f"{option}: {', '.join(names)} are not names that differ; give NAME=FOLDER")
+    answers = zip(*(find_answers(method.name, method.folder, triplets, option) for method in methods), strict=True)
     answered = [
-        {name: triplet[name] for name in PATHS} | dict(zip(names, paths, strict=True))
+        {name: Path(triplet[name]) for name in PICTURES} | dict(zip(names, paths, strict=True))
         for triplet, paths in zip(triplets, answers, strict=True)
     ]
     for path in dict.fromkeys(path for paths in answered for path in paths.values()):
-        check_picture(path)
+        check_whole(path)
     return answered
 
 
-def answer_paths(method: Method, count: int) -> list[Path]:
-    return [method.folder / f"{index:05d}.png" for index in range(count)]
-
-
-def check_picture(path: Path) -> None:
+def check_whole(path: Path) -> None:
     """To its last byte: a picture that was cut short would stop a long run."""
     try:
         with Image.open(path) as picture:
             picture.load()
     except UnidentifiedImageError as error:
-        raise SystemExit(f"{path} is no picture") from error
+        raise ValueError(f"{path} is no picture") from error
     except (OSError, SyntaxError) as error:  # Pillow's readers raise either
-        raise SystemExit(f"{path} is a damaged picture: {error}") from error
+        raise ValueError(f"{path} is a damaged picture: {error}") from error
 
 
 def read_square(path: Path, largest: int) -> Image.Image:
     """A picture cut to a square from its middle, as `evaluate.py` cuts what it answers (at most `largest` pixels)."""
-    picture = read_picture(str(path))
+    picture = read_picture(str(path), "a picture to show")
     side = min(*picture.size, largest)
     return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)

@@ -35,9 +35,9 @@ from common import (  # noqa: E402
     check_device,
     fit_picture,
     load_pipeline,
-    loading,
     picture_size,
     read_picture,
+    told_in_one_line,
 )
 from world import render  # noqa: E402
 
@@ -329,8 +329,8 @@ class Page(Layout):
         if path is None:
             raise complaint(f"{name} is missing. Give a picture, or choose an example.")
         try:
-            return fit_picture(read_picture(path), self.size, name)
-        except (OSError, TypeError, ValueError, Image.DecompressionBombError) as error:
+            return fit_picture(read_picture(path, name), self.size, name)
+        except ValueError as error:
             raise complaint(f"{name} is no picture that can be read. Give a PNG or JPEG.") from error
 
     def pictures(self, queries: list | None) -> list[Image.Image]:
@@ -341,14 +341,11 @@ class Page(Layout):
 
 def main() -> None:
     options = parse_options()
-    try:
+    with told_in_one_line():
         device = check_device(options.device)
-        with loading(options.model):
-            pipe = load_pipeline(options.model, device, options.dtype and getattr(torch, options.dtype))
+        pipe = load_pipeline(options.model, device, options.dtype and getattr(torch, options.dtype))
         files = sorted(options.differences.glob("*.safetensors")) if options.differences else []
         known = {path.stem: pipe.load_difference(path) for path in files}
-    except (OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
     with tempfile.TemporaryDirectory() as folder:
         storybook = options.model == str(STORYBOOK)
         examples = draw_examples(Path(folder)) if storybook else []

@@ -147,7 +147,7 @@ class Layout:
         square = Image.new("RGB", (2 * side + gap, 2 * side + gap), "white")
         for i, path in enumerate(paths[:3]):
             place = (i % 2 * (side + gap), i // 2 * (side + gap))
-            square.paste(fit_picture(read_picture(path), side, path), place)
+            square.paste(fit_picture(read_picture(path, "the example"), side, path), place)
         return square
 
 

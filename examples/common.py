@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
-import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import AutoProcessor, BlipForConditionalGeneration, CLIPModel, CLIPProcessor
 
@@ -237,6 +236,10 @@ def fit_picture(picture: Image.Image, size: int, name: str) -> Image.Image:
     if picture.size != (size, size):
         print(f"{name} is {picture.width}×{picture.height} and is cut and resized to {size}×{size}.")
     return ImageOps.fit(picture, (size, size))
+
+
+def open_image(path: str, size: int) -> Image.Image:
+    return fit_picture(read_picture(path, "the picture"), size, path)
 
 
 # ----------------------------------------------------------------------------------------------------------- models

@@ -32,26 +32,21 @@ import inspect
 import json
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
+from answers import add_answers, parse_method, read_square
+from common import STORYBOOK, load_pipeline, loading, make_sheet, told_in_one_line
+from evaluate import PICTURES, read_triplets
 from PIL import Image, ImageOps
+from tables import markdown, rate_cell
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the pipeline, in a clone that is not installed
-
-from answers import add_answers, parse_method, read_square  # noqa: E402
-from common import STORYBOOK, load_pipeline, make_sheet  # noqa: E402
-from evaluate import PATHS, read_triplets  # noqa: E402
-from tables import markdown, rate_cell  # noqa: E402
-
-from pipeline_difference_inversion import DifferenceInversionPipeline, replacing  # noqa: E402
+from pipeline_difference_inversion import DifferenceInversionPipeline, replacing
 
 
 QUESTION = (
@@ -94,7 +89,7 @@ def draw_questions(answered: list[dict[str, Path]], first: str, others: list[str
             order = [first, other]
             random.Random(f"{seed} {index} {other}").shuffle(order)
             for options in (order, order[::-1]):
-                yield Question(index, tuple(options), tuple(paths[name] for name in (*PATHS, *options)))
+                yield Question(index, tuple(options), tuple(paths[name] for name in (*PICTURES, *options)))
 
 
 # -------------------------------------------------------------------------------------------------------- judges
@@ -180,13 +175,11 @@ def load_judge(options: argparse.Namespace) -> DifferenceInversionPipeline:
 
 
 def load_model(name: str) -> tuple:
-    try:
+    with loading("--model", name, "a chat model's folder or Hub name"):
         processor = AutoProcessor.from_pretrained(name)
         if not getattr(processor, "chat_template", None):
             raise ValueError("its processor has no chat template, so it does not converse")
         model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto").eval()
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"--model {name} cannot be loaded: {' '.join(str(error).split())}") from error
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     return model, processor
 
@@ -209,7 +202,7 @@ def read_replies(path: Path) -> dict[str, dict]:
         lines = path.read_text().splitlines() if path.exists() else []
         return {reply["asked"]: reply for reply in map(json.loads, lines)}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"--output {path} is there, but is no file of replies: {error!r}; name another") from error
+        raise ValueError(f"--output {path} is there, but is no file of replies: {error!r}; name another") from error
 
 
 def write_replies(path: Path, replies: Iterable[dict]) -> None:
@@ -266,6 +259,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@told_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     judge = options.model or "captioner (a stand-in)"

@@ -73,7 +73,6 @@ from common import (
     read_object,
     read_picture,
     told_in_one_line,
-    written_whole,
 )
 from PIL import Image, ImageOps
 from stock import INSTRUCT_MODEL, load_instruct, load_sdedit
@@ -110,10 +109,10 @@ def read_triplets(path: Path) -> list[dict[str, str]]:
     return triplets
 
 
-def find_answers(name: str, folder: Path, triplets: list[dict]) -> list[Path]:
+def find_answers(name: str, folder: Path, triplets: list[dict], option: str = "--answers") -> list[Path]:
     """A picture of the folder for each triplet, all by the triplets' numbers or all by the queries' names."""
     if not folder.is_dir():
-        raise ValueError(f"--answers: {folder}, for {name}, is no folder; give a folder of pictures")
+        raise ValueError(f"{option}: {folder}, for {name}, is no folder; give a folder of pictures")
     numbers = [f"{index:05d}" for index in range(len(triplets))]
     queries = [Path(triplet["image"]).stem for triplet in triplets]
     files = {
@@ -123,13 +122,13 @@ def find_answers(name: str, folder: Path, triplets: list[dict]) -> list[Path]:
     missing = [stem for stem in named if stem not in files]
     if missing:
         raise ValueError(
-            f"--answers: {folder}, for {name}, has no answer {missing[0]}.png, and {len(missing)} are missing in all; name "
+            f"{option}: {folder}, for {name}, has no answer {missing[0]}.png, and {len(missing)} are missing in all; name "
             f"them {numbers[0]}.png and so on, or as the queries are"
         )
     try:
         return [check_picture(files[stem]) for stem in named]
     except ValueError as error:
-        raise ValueError(f"--answers: {error}") from error
+        raise ValueError(f"{option}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------- methods

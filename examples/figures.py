@@ -29,8 +29,8 @@ from common import (
     answer,
     fit_picture,
     learn,
+    learning_settings,
     load_pipeline,
-    loading,
     make_folder,
     make_sheet,
     parse_setting,
@@ -38,10 +38,11 @@ from common import (
     read,
     read_difference,
     read_settings,
+    told_in_one_line,
 )
 from PIL import Image, ImageOps
 
-from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens, LearningConfig
+from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
 
 try:
@@ -183,7 +184,7 @@ def arrange(rows: list[list[Image.Image]]) -> Image.Image:
     return whole
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--difference", help="a learned difference: a file, a folder or a Hub name")
     parser.add_argument("--before", help="picture A, to learn from; a path or an address")
@@ -201,7 +202,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default=str(STORYBOOK), help="a Stable Diffusion's folder or Hub name")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for the pictures")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def check_pair(options: argparse.Namespace) -> None:
@@ -237,7 +238,7 @@ def draw(options: argparse.Namespace) -> list[Path]:
     settings = read_settings(options.config, DRAWING if options.difference else (*LEARNING, *DRAWING))
     learning = {name: value for name, value in settings.items() if name in LEARNING}
     drawing = {name: value for name, value in settings.items() if name in DRAWING} | {"prompt": options.prompt}
-    LearningConfig(**learning)  # refuses what learning would refuse later
+    learning_settings(learning)
     given = [("--image", options.image)]
     if options.difference:
         difference = read_difference(options.difference)
@@ -245,8 +246,7 @@ def draw(options: argparse.Namespace) -> list[Path]:
         given += [("--before", options.before), ("--after", options.after)]
     pictures = [read(*each) for each in given]
     make_folder(options.output)
-    with loading(options.model):
-        pipe = load_pipeline(options.model)
+    pipe = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     query, *pair = (fit_picture(picture, picture_size(pipe), path) for path, picture in pictures)
 
@@ -288,13 +288,10 @@ def save(pictures: dict[str, Image.Image], folder: Path) -> list[Path]:
     return paths
 
 
-def main() -> None:
-    options = parse_options()
-    try:
-        for path in draw(options):
-            print(path.resolve())
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"figures.py: {' '.join(str(error).split())}")
+@told_in_one_line()
+def main(arguments: list[str] | None = None) -> None:
+    for path in draw(parse_options(arguments)):
+        print(path.resolve())
 
 
 if __name__ == "__main__":

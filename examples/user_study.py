@@ -32,17 +32,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from answers import add_answers, parse_method, read_square
+from common import told_in_one_line
+from evaluate import PICTURES, read_triplets
+from make_triplets import positive
+from tables import markdown, rate_cell
 from tqdm import tqdm
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the pipeline, in a clone that is not installed
-
-from answers import add_answers, parse_method, read_square  # noqa: E402
-from evaluate import PATHS, read_triplets  # noqa: E402
-from make_triplets import positive  # noqa: E402
-from tables import markdown, rate_cell  # noqa: E402
-
-from pipeline_difference_inversion import replacing  # noqa: E402
+from pipeline_difference_inversion import replacing
 
 
 TEMPLATE = Path(__file__).with_name("user_study.html")
@@ -55,12 +52,12 @@ RESAMPLES = 5000
 
 def make(options: argparse.Namespace) -> int:
     if options.output.exists():
-        raise SystemExit(f"{options.output} is there already, and answers to it may be out; --output is a new file")
+        raise ValueError(f"{options.output} is there already, and answers to it may be out; --output is a new file")
     if not 2 <= len(options.answers) <= 4:
-        raise SystemExit(f"--answers takes two to four methods, and has {len(options.answers)}")
+        raise ValueError(f"--answers takes two to four methods, and has {len(options.answers)}")
     triplets = add_answers(read_triplets(options.triplets), options.answers, "--answers")
     if options.count and options.count > len(triplets):
-        raise SystemExit(f"--count {options.count} is more than the {len(triplets)} triplets of {options.triplets}")
+        raise ValueError(f"--count {options.count} is more than the {len(triplets)} triplets of {options.triplets}")
     rng = random.Random(options.seed)
     chosen = rng.sample(triplets, options.count) if options.count else triplets
     orders = [rng.sample([method.name for method in options.answers], len(options.answers)) for _ in chosen]
@@ -74,7 +71,7 @@ def make(options: argparse.Namespace) -> int:
 def make_page(triplets: list[dict], orders: list[list[str]], size: int) -> str:
     questions = []
     for paths, order in zip(tqdm(triplets, unit=" questions"), orders, strict=True):
-        asked = {name: as_uri(paths[name], size) for name in PATHS}
+        asked = {name: as_uri(paths[name], size) for name in PICTURES}
         questions.append(asked | {"options": [as_uri(paths[name], size) for name in order]})
     study = {"questions": questions, "key": base64.b64encode(json.dumps(orders).encode()).decode()}
     study = {"id": hashlib.sha256(json.dumps(study).encode()).hexdigest()[:16]} | study
@@ -107,7 +104,7 @@ def count(options: argparse.Namespace) -> int:
     for path, fault in faults.items():
         print(f"{path} is left out: {fault}", file=sys.stderr)
     if not answers:
-        raise SystemExit(f"none of the {len(files)} files of answers can be counted")
+        raise ValueError(f"none of the {len(files)} files of answers can be counted")
     choices = [answer["choices"] for answer in answers.values()]
     sizes = {"participants": len(choices), "questions": len(orders), "methods": len(orders[0])}
     print(", ".join(f"{name}: {size}" for name, size in (sizes | {"files left out": len(faults)}).items()) + "\n")
@@ -121,17 +118,17 @@ def read_study(path: Path) -> tuple[str, list[list[str]]]:
         study = json.loads(STUDY.search(path.read_text(encoding="utf-8"))[1])
         return study["id"], json.loads(base64.b64decode(study["key"]))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} is no page that `make` wrote: {error}") from error
+        raise ValueError(f"{path} is no page that `make` wrote: {error}") from error
 
 
 def find_files(paths: list[Path]) -> list[Path]:
     """The files, and those of the folders; each once."""
     for path in paths:
         if not path.exists():
-            raise SystemExit(f"there is no {path}; give files of answers, or folders with them")
+            raise ValueError(f"there is no {path}; give files of answers, or folders with them")
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not files:
-        raise SystemExit(f"there are no files of answers (*.json) in {', '.join(map(str, paths))}")
+        raise ValueError(f"there are no files of answers (*.json) in {', '.join(map(str, paths))}")
     return list(dict.fromkeys(file.resolve() for file in files))
 
 
@@ -212,6 +209,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@told_in_one_line()
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     return options.run(options)

@@ -247,12 +247,12 @@ def a_model_that_does_not_converse(folder: Path, given: list[str]) -> list[str]:
     "make, complaint",
     [
         (two_of_a_name, "--answers or --against: ours, theirs, ours are not names that differ"),
-        (a_missing_answer, "theirs lacks 1 of 4 answers, the first 00002.png"),
+        (a_missing_answer, "theirs, has no answer 00002.png, and 1 are missing"),
         (no_picture, "00001.png is no picture"),
         (a_picture_cut_short, "00001.png is a damaged picture"),
         (another_file, "--output .*replies.jsonl is there, but is no file of replies"),
-        (a_model_that_does_not_converse, "--model .*clip cannot be loaded: .*does not converse"),
-        (lambda folder, given: given, "--model nowhere/there cannot be loaded"),
+        (a_model_that_does_not_converse, "--model: .*clip cannot be loaded; .*does not converse"),
+        (lambda folder, given: given, "--model: nowhere/there cannot be loaded"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_a_line(given, tmp_path, make, complaint):

@@ -214,8 +214,9 @@ def test_an_interrupted_run_goes_on_to_the_same_answers(shelf, evaluated, tmp_pa
         hook.remove()
     early = written(tmp_path)
     assert set(early) == {f"ours/{index:05d}.png" for index in range(3)} | {"sdedit/00000.png", "sdedit/00001.png"}
-    (tmp_path / "sdedit" / ".00002.png.part").write_bytes(b"half")  # as a killed process may leave it
+    (half := tmp_path / "sdedit" / ".00002.png.0123").write_bytes(b"half")  # as a killed process may leave it
     evaluate.main(given)
+    half.unlink()
     late, whole = written(tmp_path), written(evaluated)
     assert {name: late[name] for name in early} == early  # neither drawn again nor touched
     assert {name: content for name, (content, _) in late.items()} == {

@@ -1,7 +1,6 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Pictures that explain a difference. Where one acts on Storybook is seen in test_notebook.py."""
 
-import sys
 from pathlib import Path
 
 import figures
@@ -70,17 +69,12 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["figures.py", *arguments])
-    figures.main()
-
-
 GIVEN = ["--image", "b.png", "--prompt", "a house", "--sweep", "strength=0.5,0.9", "inversion=ddim"]
 
 
-def test_the_script_draws_a_known_difference(here, monkeypatch, capsys):
+def test_the_script_draws_a_known_difference(here, capsys):
     steps = ["--config", "num_inference_steps=2"]
-    run(monkeypatch, "--difference", "d.safetensors", *GIVEN, *steps, "--model", "model", "--output", "new/out")
+    figures.main(["--difference", "d.safetensors", *GIVEN, *steps, "--model", "model", "--output", "new/out"])
     written = capsys.readouterr().out.split()
     assert written == [
         str(here / "new" / "out" / f"{name}.png") for name in ("strength", "inversion", "where", "explained")
@@ -88,10 +82,10 @@ def test_the_script_draws_a_known_difference(here, monkeypatch, capsys):
     assert Image.open(written[-1]).size == (16 + 3 * 272, 3 * 322)
 
 
-def test_the_script_learns_and_draws_the_losses(here, monkeypatch, capsys):
+def test_the_script_learns_and_draws_the_losses(here, capsys):
     pair = ["--before", "a.png", "--after", "a2.png", "--before-prompt", "a cabin", "--after-prompt", "a castle"]
     settings = ["--config", "num_inference_steps=2", "init=random", "num_optimization_steps=2"]
-    run(monkeypatch, *pair, *GIVEN, *settings, "--model", "model")
+    figures.main([*pair, *GIVEN, *settings, "--model", "model"])
     assert {path.name for path in Path("outputs").iterdir()} == {
         "difference.safetensors",
         *(f"{name}.png" for name in ("strength", "inversion", "where", "losses", "explained")),
@@ -119,13 +113,13 @@ KNOWN = ["--difference", "d.safetensors"]
         (["--config", "num_tokens=0"], "num_tokens"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_before_a_model_is_looked_for(here, monkeypatch, arguments, complaint):
+def test_what_is_wrong_is_said_in_one_line_before_a_model_is_looked_for(here, arguments, complaint):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *arguments, "--model", "nowhere/none")
-    assert stop.value.code.startswith("figures.py: ") and complaint in stop.value.code
+        figures.main([*arguments, "--model", "nowhere/none"])
+    assert complaint in stop.value.code
     assert "\n" not in stop.value.code and "nowhere/none" not in stop.value.code
 
 
-def test_a_model_that_does_not_load_is_named_in_one_line(here, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^figures.py: --model: \S+ cannot be loaded[^\n]*$"):
-        run(monkeypatch, *KNOWN, "--model", str(here))
+def test_a_model_that_does_not_load_is_named_in_one_line(here):
+    with pytest.raises(SystemExit, match=r"^--model: \S+ cannot be loaded[^\n]*$"):
+        figures.main([*KNOWN, "--model", str(here)])
