@@ -169,7 +169,10 @@ def test_the_seed_draws_the_questions_and_the_order(given, tmp_path):
             "two to four methods, and has 5",
         ),
         (["new.html", "--answers", "ours", "ours"], "ours, ours are not names that differ"),
-        (["new.html", "--answers", "ours", "empty"], "--answers: empty, for empty, has no answer 00000.png, and 3 are missing"),
+        (
+            ["new.html", "--answers", "ours", "empty"],
+            "--answers: empty, for empty, has no answer 00000.png, and 3 are missing",
+        ),
     ],
 )
 def test_what_no_page_can_be_made_of_is_said_in_a_line_and_nothing_is_written(
