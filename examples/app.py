@@ -39,6 +39,7 @@ from common import (  # noqa: E402
     read_picture,
     told_in_one_line,
 )
+from figures import show_where  # noqa: E402
 from world import render  # noqa: E402
 
 import pipeline_difference_inversion as pipeline_file  # noqa: E402
@@ -142,7 +143,7 @@ class Page(Layout):
             "inputs": set(self.given.values()),
             "outputs": [
                 *(self.status, self.losses, self.answers, self.changes, self.chosen, self.second),
-                *(self.learn_button, self.stop_button),
+                *(self.learn_button, self.stop_button, self.where),
             ],
             "concurrency_id": "model",
             "concurrency_limit": 1,
@@ -157,6 +158,7 @@ class Page(Layout):
             self.learn_button.click(self.with_names(self.learn), **model),
             self.draw_button.click(self.with_names(self.draw), **model),
             gr.on(redraw, self.with_names(self.redraw), **model, trigger_mode="always_last"),
+            self.where_button.click(self.with_names(self.show_where), **model),
         ]
         for run in runs:
             run.failure(self.rest, None, [self.status, self.learn_button, self.stop_button], queue=False)
@@ -212,8 +214,7 @@ class Page(Layout):
 
     def draw(self, given: SimpleNamespace) -> Iterator[dict]:
         """Draws each B with what was learned before."""
-        if given.chosen not in given.changes:
-            raise complaint("There is no change yet. Learn one, or upload or choose one under “Changes”.")
+        self.check_change(given)
         queries = self.pictures(given.queries)
         yield self.begin(given)
         yield from self.answer_each(given, queries)
@@ -223,18 +224,34 @@ class Page(Layout):
         if given.chosen in given.changes and given.queries:
             yield from self.draw(given)
 
-    def answer_each(self, given: SimpleNamespace, queries: list[Image.Image]) -> Iterator[dict]:
+    def show_where(self, given: SimpleNamespace) -> Iterator[dict]:
+        """Where the change acts in the first B."""
+        self.check_change(given)
+        query = self.pictures(given.queries)[0]
+        yield self.begin(given)
+        where = yield from self.follow(given, partial(show_where, self.pipe, query, **self.asked(given)))
+        yield {self.where: where} | self.rest("Done.")
+
+    def check_change(self, given: SimpleNamespace) -> None:
+        if given.chosen not in given.changes:
+            raise complaint("There is no change yet. Learn one, or upload or choose one under “Changes”.")
+
+    def asked(self, given: SimpleNamespace) -> dict:
+        """How B is drawn, by the names of the pipeline's call."""
         differences, scales = [given.changes[given.chosen]], [-given.scale if given.backwards else given.scale]
         if given.second in given.changes:
             differences, scales = [*differences, given.changes[given.second]], [*scales, given.second_scale]
-        settings = {
+        return {
+            "difference": differences,
             "difference_scale": scales,
             "guidance_scale": given.guidance,
             "prompt": given.prompt or None,
             "num_inference_steps": given.steps,
             "strength": given.strength,
+            "seed": given.seed,
         }
 
+    def answer_each(self, given: SimpleNamespace, queries: list[Image.Image]) -> Iterator[dict]:
         def watch(pipe: DifferenceInversionPipeline, *_) -> None:
             pipe._interrupt = given.stop.is_set()
 
@@ -243,7 +260,7 @@ class Page(Layout):
             if given.stop.is_set():
                 break
             own = {"mask_image": painted(given.mask) if i == 0 else None, "callback_on_step_end": watch}
-            work = partial(answer, self.pipe, query, differences, given.seed, **settings, **own)
+            work = partial(answer, self.pipe, query, **self.asked(given), **own)
             image = yield from self.follow(given, work, f" B′ {i + 1} of {len(queries)}" if len(queries) > 1 else "")
             if not given.stop.is_set():
                 answers.append((image, None))

@@ -125,6 +125,12 @@ class Layout:
             brush = gr.Brush(colors=[("#f97316", 0.6)], color_mode="fixed", default_size=max(8, self.size // 8))
             still = {"sources": (), "transforms": (), "layers": False, "show_label": False}
             self.mask = gr.ImageMask(type="pil", brush=brush, **still)
+        with gr.Accordion("Where the change acts in B", open=False):
+            gr.Markdown("The brighter a place of the first B, the more the change acts there.")
+            self.where_button = gr.Button("Show it")
+            self.where = gr.Image(
+                show_label=False, interactive=False, elem_classes="picture where", buttons=[], height=290
+            )
         with gr.Accordion("What the pictures show", open=False):
             gr.Markdown("A sentence each. Left empty, the model writes them itself.")
             self.before_prompt = gr.Textbox(label="What A shows")

@@ -108,6 +108,12 @@ def test_a_reader_learns_a_change_and_draws_with_it_in_a_browser(tmp_path):
         assert page.locator(".changes label").all_inner_texts() == [EXAMPLE]
         expect(page.get_by_text("Gained: castle")).to_be_visible()
 
+        # Where it acts is shown over B
+        page.get_by_text("Where the change acts in B").click()
+        button(page, "Show it").click()
+        until_drawn(page)
+        expect(page.locator(".where img")).to_be_visible()
+
         # At a scale of zero B comes back, and nothing is learned for it
         drawn = page.locator(".answers img").get_attribute("src")
         page.get_by_label("number input for How much").fill("0")
