@@ -84,6 +84,7 @@ def until_drawn(page: Page) -> None:
     expect(page.get_by_text("Done.")).to_be_visible()
 
 
+@pytest.mark.once
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; Debian has it as a package of this name")
 def test_a_reader_learns_a_change_and_draws_with_it_in_a_browser(tmp_path):
     """One story, since the page takes seconds to start, and to learn."""

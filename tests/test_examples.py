@@ -86,6 +86,7 @@ def successes(analogies, *answers: list) -> list[int]:
     return [sum(each) for each in zip(*found, strict=True)]
 
 
+@pytest.mark.once
 def test_judge_knows_the_target_and_the_query_through_the_vae(storybook):
     rng = random.Random("judge")
     analogies = [random_analogy(rng) for _ in range(200)]
@@ -95,6 +96,7 @@ def test_judge_knows_the_target_and_the_query_through_the_vae(storybook):
     assert right >= 0.98 * len(analogies) and wrong == 0
 
 
+@pytest.mark.once
 def test_judge_knows_wordless_targets_and_their_queries_through_the_vae(storybook):
     rng = random.Random("wordless judge")
     analogies = [random_wordless_analogy(rng, kind) for kind in BLENDS for _ in range(20)]
@@ -148,6 +150,7 @@ def test_clip_tells_near_misses_apart_and_hears_what_a_prompts_end_revises(story
     assert min(clip_restated(clip, processor, scenes).values()) >= 0.9
 
 
+@pytest.mark.once
 def test_benchmark_tries_configurations_on_the_same_analogies(tmp_path, capsys):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     quick = ["init=random", "complete_prompts=False", "num_optimization_steps=2", "num_inference_steps=2"]
@@ -330,6 +333,7 @@ def test_instruct_pix2pix_starts_as_storybook_and_learns_to_look_at_the_picture(
     assert unet.conv_in.weight.grad[:, 4:].any()
 
 
+@pytest.mark.once
 def test_visii_makes_of_a_prompt_an_instruction_that_draws_after_from_before_better(storybook, tmp_path):
     build_instruct_unet(SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))).save_pretrained(tmp_path)
     instruct = load_instruct(storybook, tmp_path)
@@ -456,6 +460,7 @@ def test_the_speed_benchmark_counts_every_latent_of_an_analogy_once(tmp_path, ca
     assert latents.pop("**all**") == sum(latents.values())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "kind, value", [("ground", "snow"), ("sky", "night"), ("color", "yellow"), ("subject", "boat")]
 )
@@ -469,6 +474,7 @@ def test_tokens_that_no_prompt_explains_begin_at_the_word_for_what_changed(story
     assert storybook.tokenizer.decode(torch.cdist(row[None], table).argmin()).strip() == value
 
 
+@pytest.mark.once
 def test_the_unet_finds_words_for_a_picture_that_clip_does_not_miss(storybook):
     """Of the 24 attributes of four pictures, 16 were named without its revisions, and 19 with them."""
     rng = random.Random("words")
@@ -482,6 +488,7 @@ def test_the_unet_finds_words_for_a_picture_that_clip_does_not_miss(storybook):
     assert named[1] > named[0], named
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind, value, lost", [("sky", "night", "day"), ("subject", "tent", "castle")])
 def test_prompts_of_pez_take_what_was_gained_and_what_was_lost_from_the_pictures(storybook, kind, value, lost):
     before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
@@ -613,6 +620,7 @@ def test_what_a_short_prompt_leaves_unsaid_of_the_query_is_said_and_stays(storyb
     assert completed.psnr > as_it_is.psnr + 3
 
 
+@pytest.mark.once
 def test_a_change_is_learned_from_random_rows_under_loose_captions(storybook):
     """Nothing but learning says here what changed: 22.2 dB from the right answer, and 7.6 dB with nothing learned."""
     pair = {"before": render(DAY), "after": render(NIGHT), "prompt": "a blue cabin on snow"}

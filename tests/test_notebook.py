@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+import pytest
 from conftest import ROOT, STORYBOOK
 from nbclient import NotebookClient
 from PIL import Image, ImageStat
@@ -53,6 +54,7 @@ def ground(sheet: Image.Image, column: int) -> tuple[float, ...]:
     return ImageStat.Stat(sheet.crop((left, 250, left + 256, 300))).mean
 
 
+@pytest.mark.once
 def test_the_notebook_learns_and_makes_the_change_on_storybook(tmp_path):
     notebook = run_notebook(tmp_path, steps=8)
     learned, described, saved = outputs(notebook, "text")

@@ -29,6 +29,7 @@ def differing(one, other, names) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- the world
 
 
+@pytest.mark.once
 def test_every_attribute_shows_in_every_picture():
     """The closest pairs, a blue and a purple windmill drawn in pencil, are 0.001 apart, and to the eye quite distinct."""
     rng, closest = random.Random(0), {}

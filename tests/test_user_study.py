@@ -78,6 +78,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.once
 def test_people_answer_by_keyboard_and_by_tap_and_hand_over_a_file(page, browser, tmp_path, capsys):
     context = browser.new_context(viewport={"width": 1280, "height": 800}, has_touch=True)
     context.set_default_timeout(10_000)
