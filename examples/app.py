@@ -35,6 +35,7 @@ from common import (  # noqa: E402
     check_device,
     fit_picture,
     load_pipeline,
+    loading,
     picture_size,
     read_picture,
     told_in_one_line,
@@ -84,6 +85,11 @@ def is_free(port: int) -> bool:
     return True
 
 
+def load_known(pipe: DifferenceInversionPipeline, path: Path) -> DifferenceTokens:
+    with loading("--differences", path, "a folder of differences for this model"):
+        return pipe.load_difference(path)
+
+
 def draw_examples(folder: Path) -> list[tuple[str, list[str]]]:
     """A name, and the files of A, A' and each B."""
     desert = [IMAGES / f"{name}.png" for name in ("before", "after", "query_1", "query_2", "query_3")]
@@ -117,6 +123,13 @@ def unused(name: str, taken: dict) -> str:
 # -------------------------------------------------------------------------------------------------------- the page
 
 
+class Stop(threading.Event):
+    """Of one reader: Gradio copies a state's first value for each."""
+
+    def __deepcopy__(self, memo: dict) -> "Stop":
+        return type(self)()
+
+
 class Page(Layout):
     """What stands on the page, and what happens there.
 
@@ -130,7 +143,7 @@ class Page(Layout):
         pipe.set_progress_bar_config(file=self.reporter, bar_format=Reporter.BAR_FORMAT, mininterval=0.2)
         super().__init__(examples, list(known), picture_size(pipe), about)
         with self.blocks:
-            self.changes, self.stop = gr.State(known), gr.State(threading.Event)
+            self.changes, self.stop = gr.State(known), gr.State(Stop())
             self.connect()
 
     def connect(self) -> None:
@@ -139,11 +152,13 @@ class Page(Layout):
             "seed answers scale guidance backwards chosen second second_scale changes stop"
         )
         self.given = {name: getattr(self, name) for name in names.split()}
+        others = "draw_button where_button scale guidance backwards chosen second second_scale"
+        self.others = [getattr(self, name) for name in others.split()]
         model = {
             "inputs": set(self.given.values()),
             "outputs": [
                 *(self.status, self.losses, self.answers, self.changes, self.chosen, self.second),
-                *(self.learn_button, self.stop_button, self.where),
+                *(self.learn_button, self.stop_button, self.where, *self.others),
             ],
             "concurrency_id": "model",
             "concurrency_limit": 1,
@@ -161,14 +176,16 @@ class Page(Layout):
             self.where_button.click(self.with_names(self.show_where), **model),
         ]
         for run in runs:
-            run.failure(self.rest, None, [self.status, self.learn_button, self.stop_button], queue=False)
+            resting = [self.status, self.learn_button, self.stop_button, *self.others]
+            run.failure(self.rest, None, resting, queue=False)
         self.stop_button.click(self.halt, self.stop, self.status, queue=False)
 
         listed = [self.changes, self.chosen, self.second]
         self.upload_button.upload(self.upload, [self.upload_button, self.changes], listed)
         self.chosen.change(self.describe, [self.changes, self.chosen], [self.words, self.download_button])
-        gr.on([self.queries.change, self.painting.expand], self.show_to_paint, self.queries, self.mask)
-        self.again_button.click(lambda answers: answers, self.answers, self.queries)
+        self.queries.change(self.show_to_paint, self.queries, self.mask)
+        self.painting.expand(self.show_to_paint, [self.queries, self.mask], self.mask)
+        self.again_button.click(lambda answers: answers or gr.skip(), self.answers, self.queries)
         if self.examples:
             self.gallery.select(self.choose, None, [self.before, self.after, self.queries])
 
@@ -176,7 +193,9 @@ class Page(Layout):
         """What Gradio calls for an event: it gives values by component, and `work` reads them by name."""
 
         def run(values: dict) -> Iterator[dict]:
-            yield from work(SimpleNamespace(**{name: values[part] for name, part in self.given.items()}))
+            given = SimpleNamespace(**{name: values[part] for name, part in self.given.items()})
+            given.seed = given.seed or 0  # readers may empty it
+            yield from work(given)
 
         return run
 
@@ -188,11 +207,12 @@ class Page(Layout):
 
         def watch(pipe: DifferenceInversionPipeline, step: int, values: dict) -> None:
             self.reporter.report("loss", values["loss"])
-            if image := preview.draw(values["tokens"]):
-                self.reporter.report("preview", image)
             pipe._interrupt = given.stop.is_set()
+            if not pipe._interrupt and (image := preview.draw(values["tokens"])):
+                self.reporter.report("preview", image)
 
-        yield self.begin(given)
+        # What else is pressed meanwhile would wait, and then draw with the change that was chosen before.
+        yield self.begin(given) | {part: gr.update(interactive=False) for part in self.others}
         tokens = yield from self.follow(
             given,
             lambda: self.pipe.invert_difference(
@@ -208,7 +228,8 @@ class Page(Layout):
             ),
         )
         given.chosen = name_of(tokens, given.changes)
-        given.changes, given.answers = given.changes | {given.chosen: tokens}, []
+        # In place: the reader may have uploaded one meanwhile.
+        given.changes[given.chosen], given.answers = tokens, []
         yield self.listed(given.changes, given.chosen)
         yield from self.answer_each(given, queries)
 
@@ -229,8 +250,11 @@ class Page(Layout):
         self.check_change(given)
         query = self.pictures(given.queries)[0]
         yield self.begin(given)
-        where = yield from self.follow(given, partial(show_where, self.pipe, query, **self.asked(given)))
-        yield {self.where: where} | self.rest("Done.")
+        asked = self.asked(given) | {"stopped": given.stop.is_set}
+        # Of the whole change, whatever part of it is drawn.
+        asked["difference_scale"] = [-1.0 if scale < 0 else 1.0 for scale in asked["difference_scale"]]
+        where = yield from self.follow(given, partial(show_where, self.pipe, query, **asked))
+        yield self.rest("Stopped.") if given.stop.is_set() else {self.where: where} | self.rest("Done.")
 
     def check_change(self, given: SimpleNamespace) -> None:
         if given.chosen not in given.changes:
@@ -302,11 +326,12 @@ class Page(Layout):
             self.status: status_line(text),
             self.learn_button: gr.Button(visible=True),
             self.stop_button: gr.Button(visible=False),
+            **{part: gr.update(interactive=True) for part in self.others},
         }
 
     def halt(self, stop: threading.Event) -> str:
         stop.set()
-        return status_line("Stopping after this step")
+        return status_line("Stopping as soon as possible")
 
     def listed(self, changes: dict, chosen: str) -> dict:
         return {
@@ -322,7 +347,8 @@ class Page(Layout):
         except (OSError, ValueError) as error:
             message = str(error).replace(repr(path), Path(path).name)
             raise complaint(f"This file cannot be used. {in_readers_words(message)}") from error
-        return self.listed(changes | {name: tokens}, name)
+        changes[name] = tokens
+        return self.listed(changes, name)
 
     def describe(self, changes: dict, chosen: str | None) -> tuple:
         if chosen not in changes:
@@ -331,8 +357,10 @@ class Page(Layout):
         path = changes[chosen].save(Path(tempfile.mkdtemp(dir=self.folder)) / file)
         return description(changes[chosen], self.pipe), gr.DownloadButton(value=path, interactive=True)
 
-    def show_to_paint(self, queries: list | None) -> dict | None:
-        """Readers paint on what the model will see."""
+    def show_to_paint(self, queries: list | None, mask: dict | None = None) -> dict | None:
+        """Readers paint on what the model will see; what they have painted stays."""
+        if painted(mask):
+            return gr.skip()
         if not queries:
             return None
         return {"background": self.pictures(queries[:1])[0], "layers": [], "composite": None}
@@ -362,7 +390,7 @@ def main() -> None:
         device = check_device(options.device)
         pipe = load_pipeline(options.model, device, options.dtype and getattr(torch, options.dtype))
         files = sorted(options.differences.glob("*.safetensors")) if options.differences else []
-        known = {path.stem: pipe.load_difference(path) for path in files}
+        known = {path.stem: load_known(pipe, path) for path in files}
     with tempfile.TemporaryDirectory() as folder:
         storybook = options.model == str(STORYBOOK)
         examples = draw_examples(Path(folder)) if storybook else []

@@ -141,7 +141,12 @@ class Layout:
             self.init = gr.Radio(begin, value="words", label="Learning begins with")
             self.num_tokens = gr.Slider(1, 16, 4, step=1, label="Tokens", info="the most that are learned")
             self.learning_steps = gr.Slider(
-                0, 300, 0, step=1, label="Steps of learning", info="0: 8, or 60 for random rows"
+                0,
+                300,
+                0,
+                step=1,
+                label="Steps of learning",
+                info="0 leaves it to the project: 8, or 60 for random rows",
             )
             self.steps = gr.Slider(5, 100, 50, step=1, label="Steps of drawing")
             self.strength = gr.Slider(0.05, 1, 0.9, step=0.05, label="Strength", info="less keeps more of B")

@@ -1,6 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Lets the page follow what the pipeline does: its progress, its warnings and its errors, in the reader's words."""
 
+import html
 import logging
 import queue
 import re
@@ -90,7 +91,8 @@ def complaint(message: str) -> gr.Error:
 
 def in_readers_words(message: str) -> str:
     message = re.sub(r"^`difference`: ", "", message)
-    return re.sub(r"`([^`]+)`", lambda name: LABELS.get(name[1], name[1]), message)
+    message = re.sub(r"`([^`]+)`", lambda name: LABELS.get(name[1], name[1]), message)
+    return html.escape(message, quote=False)  # it may quote a file that anyone wrote, and Gradio shows markup
 
 
 def as_message(error: Exception) -> gr.Error:

@@ -1,9 +1,9 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Asks a vision language model which of two methods' answers it prefers; Table 3 of the paper.
 
-    python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation --against DIA=dia VISII=visii \
+    python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation/ours --against DIA=dia VISII=visii \\
         --model Qwen/Qwen2-VL-72B-Instruct --output preferences.jsonl
-    python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation --against SDEdit=sdedit \
+    python examples/compare.py --triplets triplets.jsonl --answers ours=evaluation/ours --against SDEdit=sdedit \\
         --judge captioner
 
 A method's answers are pictures in a folder, each named by the index of its triplet: 00000.png is the answer to the
@@ -19,8 +19,8 @@ and a *refusal* if one of them names neither. The preference is the share won of
 Wilson interval. `option 1` is how often the first place was chosen, 0.5 for a judge who does not mind places.
 
 `--judge captioner` is a stand-in for trying this out without such a model. It sees no two pictures together:
-Storybook's captioner describes A, A', B and each answer. Preferred is the answer whose caption differs from B's in
-more of the words in which that of A' differs from A's; if both do alike, it refuses.
+Storybook's captioner describes A, A', B and each answer. Between the captions of A and A' some words change. It prefers
+the answer in whose caption more of these words change from B's; if both do alike, it refuses.
 
 `--output` keeps each reply as a JSON line, and is whole at any time. What it has is not asked again, unless the
 pictures, the judge or the question are others, so that after an interruption the same command goes on.

@@ -38,7 +38,7 @@ model's own CLIP. Both are means over the triplets, with the 95 % interval of th
   by how little the most similar patch of A changed from A to A', so that what should change hardly counts. The directional
   score does not see this: A' itself as an answer does well by it, and has nothing of B.
 
-Three rows say how far they go: `no change` is B itself, `A'` is A' in place of an answer, and `target` is the right answer, where
+Three rows show the range of both figures: `no change` is B itself, `A'` is A' in place of an answer, and `target` is the right answer, where
 the triplets have one. On 120 analogies of Storybook's world, by its CLIP, the right answer had a directional score of 0.97 and
 kept 0.86; A' had 0.45 and 0.23. Right answers in which things had moved kept 0.76, and those in which one more attribute had
 changed 0.66. Both figures depend on the encoder and the triplets: compare them within one table.
@@ -225,14 +225,14 @@ def check_texts(names: list[str], triplets: list[dict]) -> None:
 # ---------------------------------------------------------------------------------------------------- what is kept
 
 
-def settle(options: argparse.Namespace) -> None:
+def settle(options: argparse.Namespace, triplets: list[dict]) -> None:
     """Notes what the answers in the output folder are drawn with.
 
     Raises:
         ValueError: if it has answers that were drawn otherwise, or that nothing is known of.
     """
     path = options.output / "run.json"
-    asked = {"triplets": hashlib.sha256(options.triplets.read_bytes()).hexdigest()}
+    asked = {"triplets": fingerprint(options.triplets, triplets)}
     asked |= {name: settings_of(name, options) for name in options.method}
     asked = json.loads(json.dumps(asked))  # as it will be read
     drawn = [name for name in METHODS if any((options.output / name).glob("*.png"))]
@@ -256,6 +256,14 @@ def settle(options: argparse.Namespace) -> None:
                 )
     with replacing(path) as partial:
         partial.write_text(json.dumps({name: noted[name] for name in drawn} | asked, indent=2) + "\n")
+
+
+def fingerprint(path: Path, triplets: list[dict]) -> str:
+    """Of the lines and of the pictures that answers are drawn from."""
+    digest = hashlib.sha256(path.read_bytes())
+    for picture in (triplet[name] for triplet in triplets for name in PICTURES):
+        digest.update(hashlib.sha256(Path(picture).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def read_run(path: Path) -> dict:
@@ -287,7 +295,7 @@ def draw_answers(name: str, size: int, draw: Draw, triplets: list[dict], files: 
         triplet = triplets[index] | open_pictures(triplets[index], size)
         try:
             answer = draw(triplet, seeded(seed))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{name} cannot answer number {index} of --triplets: {error}") from error
         with replacing(files[index]) as partial:
             answer.save(partial, "PNG")
@@ -309,8 +317,13 @@ Encoder = Callable[[list[Image.Image]], tuple[torch.Tensor, torch.Tensor | None]
 
 def load_encoder(name: str, device: torch.device) -> Encoder:
     with loading("--encoder", name, "a vision model's folder or Hub name"):
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
-        return encoder_of(model, AutoImageProcessor.from_pretrained(name))
+        model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        random = sorted(key for key in info["missing_keys"] if not key.endswith(("mask_token", "position_ids")))
+        if random:
+            raise ValueError(f"its weights lack {random[0]}, which would be random")
+        encode = encoder_of(model.to(device).eval(), AutoImageProcessor.from_pretrained(name))
+        encode([Image.new("RGB", (256, 256))])  # some have no features of a whole picture
+        return encode
 
 
 def encoder_of(model: torch.nn.Module, processor: Callable) -> Encoder:
@@ -484,12 +497,14 @@ def main(arguments: list[str] | None = None) -> None:
     check_texts(options.method, triplets)
     check_configs(options.configs)
     elsewhere = {name: find_answers(name, folder, triplets) for name, folder in options.answers}
+    if len(elsewhere) < len(options.answers):
+        raise ValueError(f"--answers: two of {', '.join(name for name, _ in options.answers)} have one name")
     check_model(options.model)
     if "instruct" in options.method:
         check_model(options.instruct_model, "--instruct-model", ("model_index.json", "config.json"))
     for name in ("", *options.method):
         make_folder(options.output / name)
-    settle(options)
+    settle(options, triplets)
 
     own = {name: answer_files(name, options.output, triplets) for name in options.method}
     left = [name for name, files in own.items() if not all(file.exists() for file in files)]

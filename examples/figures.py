@@ -16,7 +16,7 @@ from the quickstart's pair, saves it, and draws its losses as well. In a program
 import argparse
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +105,28 @@ def show_where(pipe: DifferenceInversionPipeline, image: Image.Image, difference
 
 
 def places(
-    pipe: DifferenceInversionPipeline, image: Image.Image, difference: Any, *, seed: int = 0, **settings
+    pipe: DifferenceInversionPipeline,
+    image: Image.Image,
+    difference: Any,
+    *,
+    seed: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+    **settings,
 ) -> torch.Tensor:
     """How much the difference moves the query's latents at each place: (height, width) in latents, 0 to 1.
 
     The query is drawn twice. A black mask keeps one on the way that leads back to it. At each step the other sets out
     from there too, and what lies between them after the step is the difference's doing.
 
-    `settings` are other arguments of the pipeline's call, such as `prompt` and `num_inference_steps`.
+    `settings` are other arguments of the pipeline's call, such as `prompt` and `num_inference_steps`; a `difference_scale` is 1 or
+    -1. `stopped` is asked after each step whether to leave out the rest.
     """
     moved = []
 
     def compare(pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         kept, changed = tensors["latents"]
         moved.append((changed - kept).float().abs().mean(0))
+        pipe._interrupt = stopped()
         return {"latents": torch.stack([kept, kept])}
 
     pipe(

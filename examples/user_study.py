@@ -1,8 +1,8 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Asks people which method's answer is the most suitable; Table 2 of the paper.
 
-    python examples/user_study.py make --triplets triplets.jsonl --output study.html \
-        --answers ours=evaluation DIA=dia Analogist=analogist VISII=visii
+    python examples/user_study.py make --triplets triplets.jsonl --output study.html \\
+        --answers ours=evaluation/ours DIA=dia Analogist=analogist VISII=visii
     python examples/user_study.py count study.html answers/
 
 `make` writes one HTML page, for a computer or a phone. It holds all pictures and loads nothing from a network, so it

@@ -1,6 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """The page, in a browser."""
 
+import copy
 import io
 import os
 import shutil
@@ -82,6 +83,21 @@ def until_drawn(page: Page) -> None:
     expect(button(page, "Stop")).to_be_visible(timeout=LONG)
     expect(button(page, "Learn and draw")).to_be_visible(timeout=LONG)
     expect(page.get_by_text("Done.")).to_be_visible()
+
+
+def test_what_a_file_says_is_shown_and_not_obeyed():
+    from app_reports import in_readers_words  # here, since Gradio takes seconds to import
+
+    shown = in_readers_words("`difference`: it was learned on `<img src=http://elsewhere>` and `strength` is 2")
+    assert "<" not in shown and "elsewhere" in shown
+
+
+def test_each_reader_has_a_stop_of_their_own():
+    from app import Stop
+
+    first = Stop()
+    first.set()
+    assert not copy.deepcopy(first).is_set()
 
 
 @pytest.mark.once

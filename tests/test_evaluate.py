@@ -14,7 +14,7 @@ import torch
 from analogies import random_analogy
 from common import as_arguments, parse_setting
 from conftest import STORYBOOK, build_pipeline, picture, seeded
-from evaluate import encoder_of, find_answers, interval, kept, read_triplets
+from evaluate import encoder_of, find_answers, interval, kept, load_encoder, read_triplets
 from PIL import Image
 from stock import load_instruct, load_sdedit
 from torch.nn.modules.module import register_module_forward_hook
@@ -26,6 +26,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
 )
 from world import ATTRIBUTES, random_scene, render
 
@@ -269,6 +271,25 @@ def test_answers_that_nothing_is_known_of_are_refused(shelf, evaluated, tmp_path
         evaluate.main(asked(shelf, tmp_path))
 
 
+def test_answers_to_other_pictures_of_the_same_names_are_refused(shelf, evaluated):
+    query = shelf / "c.png"
+    before = query.read_bytes()
+    picture("green").save(query)
+    try:
+        with pytest.raises(SystemExit, match="has answers to other triplets"):
+            evaluate.main(asked(shelf, evaluated, "--method", *METHODS, *CONFIG))
+    finally:
+        query.write_bytes(before)
+
+
+def test_an_encoder_whose_features_would_be_random_is_refused(tmp_path):
+    vit = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32)
+    ViTModel(vit, add_pooling_layer=False).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--encoder: .*its weights lack pooler"):
+        load_encoder(str(tmp_path), torch.device("cpu"))
+
+
 def test_a_model_that_is_found_not_to_load_may_be_corrected(shelf, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("{}")
@@ -353,10 +374,14 @@ def test_answers_from_elsewhere_are_found_by_number_or_by_the_querys_name(shelf,
         (["--config", "ours.num_tokens=0"], "--config: ours: `num_tokens` is 0"),
         (["--config", "ours.strength=2"], "--config: ours.strength is 2"),
         (["--answers", "theirs=none"], "--answers: none, for theirs, is no folder"),
+        (["--answers", "theirs=named", "theirs=named"], "--answers: two of theirs, theirs have one name"),
     ],
 )
-def test_what_a_method_lacks_is_said_before_a_model_is_loaded(tmp_path, given, complaint):
-    picture().save(tmp_path / "a.png")
+def test_what_a_method_lacks_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, given, complaint):
+    monkeypatch.chdir(tmp_path)
+    Path("named").mkdir()
+    for path in ("a.png", "named/00000.png"):
+        picture().save(path)
     triplets = write_lines(tmp_path / "t.jsonl", [dict.fromkeys(("before", "after", "image"), "a.png")])
     (tmp_path / "model").mkdir()  # which would not load
     with pytest.raises(SystemExit) as stopped:

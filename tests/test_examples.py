@@ -631,6 +631,7 @@ def test_a_change_is_learned_from_random_rows_under_loose_captions(storybook):
     assert learned.psnr > begun.psnr + 3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "model, kinds, least", [("storybook", tuple(ATTRIBUTES), 4), ("storybook_xl", ("color", "sky", "style"), 2)]
 )

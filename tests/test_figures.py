@@ -47,6 +47,18 @@ def test_a_difference_that_changes_nothing_acts_nowhere(pipe):
     assert dark.convert("L").getextrema()[1] < 128 < bright.convert("L").getextrema()[1]
 
 
+def test_what_is_stopped_shows_the_steps_until_then(pipe):
+    asked = []
+    places(
+        pipe,
+        picture(),
+        random_tokens(),
+        stopped=lambda: asked.append(1) or len(asked) == 2,
+        **QUICK | {"num_inference_steps": 8},
+    )
+    assert len(asked) == 2
+
+
 def test_losses_are_drawn_in_the_size_that_is_asked_for():
     losses = [{"loss": 2 / step, "clip_loss": 1 / step, "tokens": torch.zeros(1, 4)} for step in range(1, 9)]
     drawn = plot_losses(losses, (600, 200))

@@ -130,6 +130,7 @@ for script in sys.argv[1:]:
 """
 
 
+@pytest.mark.once
 def test_every_script_has_help_with_an_example_and_needs_no_install(tmp_path):
     """All in one process, since each takes seconds to import torch; as if the project were not installed."""
     folders = [ROOT, ROOT / "examples", ROOT / "examples" / "storybook"]
