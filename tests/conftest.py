@@ -3,6 +3,7 @@
 
 import functools
 import io
+import json
 import logging
 import os
 import pickle
@@ -10,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -282,6 +283,17 @@ def picture(color: str = "red", sky: str = "navy", size: tuple[int, int] = (SIDE
     draw.rectangle((0, height * 5 // 8, width, height), fill="green")
     draw.rectangle((width // 4, height // 4, width // 2, height * 3 // 4), fill=color)
     return image
+
+
+def save_triplets(folder: Path, colors: Iterable[str]) -> None:
+    """`triplets.jsonl`, with a line and three pictures for each colour."""
+    lines = []
+    for index, color in enumerate(colors):
+        pictures = {"before": picture("red"), "after": picture(color), "image": picture("blue", color)}
+        for name, image in pictures.items():
+            image.save(folder / f"{index}_{name}.png")
+        lines.append({name: f"{index}_{name}.png" for name in pictures})
+    (folder / "triplets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def random_tokens(num_tokens: int = 2, width: int = WIDTH, seed: int = 5, scale: float = 0.5) -> DifferenceTokens:

@@ -9,7 +9,7 @@ import compare
 import pytest
 from analogies import random_analogy
 from compare import QUESTION, STAND_IN, choice_of
-from conftest import build_chat_captioner, build_pipeline, forward_calls, picture
+from conftest import build_chat_captioner, build_pipeline, forward_calls, picture, save_triplets
 from PIL import Image, ImageColor
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -43,13 +43,7 @@ def save_model(folder: Path, *words: str) -> str:
 @pytest.fixture
 def given(tmp_path) -> list[str]:
     """Options that name four triplets, and the answers of three methods."""
-    lines = []
-    for index, color in enumerate(COLORS):
-        pictures = {"before": picture("red"), "after": picture(color), "image": picture("blue", color)}
-        for name, image in pictures.items():
-            image.save(tmp_path / f"{index}_{name}.png")
-        lines.append({name: f"{index}_{name}.png" for name in pictures})
-    (tmp_path / "triplets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_triplets(tmp_path, COLORS)
     for number, name in enumerate(("mine", "theirs", "none")):
         (tmp_path / name).mkdir()
         for index in range(len(COLORS)):

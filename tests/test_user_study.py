@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import user_study
-from conftest import picture
+from conftest import save_triplets
 from PIL import Image
 
 
@@ -25,13 +25,7 @@ QUIET += ["--disable-sync", "--no-first-run"]
 @pytest.fixture
 def given(tmp_path) -> list[str]:
     """Options of `make` that name three triplets, and four methods, each with a colour of its own."""
-    lines = []
-    for index, color in enumerate(COLORS):
-        pictures = {"before": picture("red"), "after": picture(color), "image": picture("blue", color)}
-        for name, image in pictures.items():
-            image.save(tmp_path / f"{index}_{name}.png")
-        lines.append({name: f"{index}_{name}.png" for name in pictures})
-    (tmp_path / "triplets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_triplets(tmp_path, COLORS)
     for method, color in zip(METHODS, ("red", "lime", "blue", "gold"), strict=True):
         (tmp_path / method).mkdir()
         for index in range(len(COLORS)):
