@@ -1,11 +1,10 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Folders of answers to a file of triplets, one folder for each method, for those who compare methods."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import read_picture
+from common import parse_named_folder, read_picture
 from evaluate import PICTURES, find_answers
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -19,14 +18,7 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """NAME=FOLDER, or a folder alone, whose name is then the method's."""
-    name, named, folder = text.partition("=")
-    method = Method(name, Path(folder)) if named and not Path(text).is_dir() else Method(Path(text).name, Path(text))
-    if not method.folder.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {method.folder}; give NAME=FOLDER or FOLDER")
-    if not method.name:
-        raise argparse.ArgumentTypeError(f"{text!r} gives the method no name; give NAME=FOLDER")
-    return method
+    return Method(*parse_named_folder(text))
 
 
 def add_answers(triplets: list[dict], methods: list[Method], option: str) -> list[dict[str, Path]]:

@@ -5,6 +5,7 @@ Where someone asks for what cannot be, these functions raise a ValueError that n
 to give. `told_in_one_line` ends a script with it.
 """
 
+import argparse
 import ast
 import json
 import re
@@ -74,6 +75,18 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+
+
+def parse_named_folder(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER, or a folder alone, whose name is then taken."""
+    name, named, folder = text.partition("=")
+    if not named or Path(text).is_dir():
+        name, folder = Path(text).name, text
+    if not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}; give NAME=FOLDER or FOLDER")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} gives no name; give NAME=FOLDER")
+    return name, Path(folder)
 
 
 def read_settings(config: list[str] | None, known: tuple[str, ...]) -> dict:

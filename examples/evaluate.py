@@ -67,6 +67,7 @@ from common import (
     load_pipeline,
     loading,
     make_folder,
+    parse_named_folder,
     parse_setting,
     picture_size,
     read_lines,
@@ -111,8 +112,6 @@ def read_triplets(path: Path) -> list[dict[str, str]]:
 
 def find_answers(name: str, folder: Path, triplets: list[dict], option: str = "--answers") -> list[Path]:
     """A picture of the folder for each triplet, all by the triplets' numbers or all by the queries' names."""
-    if not folder.is_dir():
-        raise ValueError(f"{option}: {folder}, for {name}, is no folder; give a folder of pictures")
     numbers = [f"{index:05d}" for index in range(len(triplets))]
     queries = [Path(triplet["image"]).stem for triplet in triplets]
     files = {
@@ -441,12 +440,10 @@ def save_scores(path: Path, scores: dict[str, dict[str, Scores]], answers: dict[
 
 
 def parse_answers(text: str) -> tuple[str, Path]:
-    name, _, folder = text.partition("=")
-    if not name or not folder:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    name, folder = parse_named_folder(text)
     if name in (*METHODS, NO_CHANGE, CHANGED_PAIR, TARGET):
         raise argparse.ArgumentTypeError(f"{name!r} is the name of another row; give these answers another")
-    return name, Path(folder)
+    return name, folder
 
 
 def parse_config(text: str) -> tuple[str, str, object]:

@@ -373,7 +373,6 @@ def test_answers_from_elsewhere_are_found_by_number_or_by_the_querys_name(shelf,
         (["--method", "instruct"], "instruct is told the 'instruction' of each triplet"),
         (["--config", "ours.num_tokens=0"], "--config: ours: `num_tokens` is 0"),
         (["--config", "ours.strength=2"], "--config: ours.strength is 2"),
-        (["--answers", "theirs=none"], "--answers: none, for theirs, is no folder"),
         (["--answers", "theirs=named", "theirs=named"], "--answers: two of theirs, theirs have one name"),
     ],
 )
@@ -397,8 +396,10 @@ def test_what_a_method_lacks_is_said_before_a_model_is_loaded(tmp_path, monkeypa
         (["--config", "ours.num_token=2"], "ours has no setting 'num_token'"),
         (["--config", "num_tokens=2"], "is not METHOD.NAME=VALUE"),
         (["--config", "sdedit.strength=0.5"], "sdedit, which is not a --method"),
-        (["--answers", "folder"], "'folder' is not NAME=FOLDER"),
-        (["--answers", "ours=folder"], "'ours' is the name of another row"),
+        (["--answers", "theirs=none"], "argument --answers: there is no folder none"),
+        (["--answers", "none"], "argument --answers: there is no folder none"),
+        (["--answers", "="], "argument --answers: '=' gives no name"),
+        (["--answers", f"ours={STORYBOOK}"], "'ours' is the name of another row"),
     ],
 )
 def test_calls_that_it_does_not_know_are_usage_errors(given, complaint, capsys):
