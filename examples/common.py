@@ -266,7 +266,9 @@ def loading(
     try:
         yield
     except Exception as error:  # each library has errors of its own for a folder that is none of its models
-        raise ValueError(f"{option}: {name} cannot be loaded; give {expected} ({error})") from error
+        # Others, such as a KeyError, say nothing to those who do not know the library's code.
+        reason = f" ({error})" if isinstance(error, (ImportError, OSError, ValueError)) else ""
+        raise ValueError(f"{option}: {name} cannot be loaded; give {expected}{reason}") from error
 
 
 def check_model(model: str, option: str = "--model", files: tuple[str, ...] = ("model_index.json",)) -> None:
