@@ -160,6 +160,7 @@ def wait_for_a_write(process, path) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_lose_nothing(pair, tmp_path):
     """Each process goes on where the last one was killed, and the tokens are those of one that was left alone."""
     path, processes, delays, steps = tmp_path / "c", multiprocessing.get_context("fork"), random.Random(0), 40 * KILLS

@@ -238,6 +238,7 @@ def test_bars_on_a_terminal_say_what_is_done_and_to_which_picture(here, monkeypa
         assert list(dict.fromkeys(places)) == ["1 of 2", "2 of 2"]
 
 
+@pytest.mark.slow
 def test_the_installed_command_works_and_shows_no_progress_in_a_pipe(here, model):
     """Each process takes seconds to import torch, so that there is one."""
     installed = Path(sys.executable).with_name("difference-inversion")

@@ -82,6 +82,7 @@ def desk(tmp_path, monkeypatch, hub) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_snippet_of_a_document_runs(document, desk):
     codes, known = snippets(document), {}

@@ -114,6 +114,7 @@ def test_captioner_describes_a_picture(storybook):
     assert right >= 17
 
 
+@pytest.mark.slow
 def test_quickstart_makes_a_sheet_and_a_difference(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -418,6 +419,7 @@ def test_many_differences_are_learned_once_and_bad_pairs_are_told_at_the_end(tmp
     assert files[0].exists() and files[1].stat().st_mtime_ns == written[1]
 
 
+@pytest.mark.slow
 def test_many_differences_by_two_processes_are_those_of_one(tmp_path):
     build_pipeline().save_pretrained(tmp_path / "model")
     for color in ("red", "blue", "white"):
@@ -539,6 +541,7 @@ def from_day_to_night(pipe, before_prompt: str, after_prompt: str):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before_prompt, after_prompt",
     [
@@ -667,6 +670,7 @@ def stock_storybook(pipe, difference: Path) -> DiffusionPipeline:
     return stock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["storybook", "storybook_xl"])
 def test_stock_diffusers_draws_what_a_saved_difference_says(model, request, tmp_path):
     """All four pictures were of a desert, and none without the difference, when it was written."""

@@ -289,6 +289,7 @@ def shelf(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_way_of_loading_draws_the_same_in_a_fresh_process(shelf):
     codes = [way.format(file=str(PIPELINE_FILE), root=str(ROOT)) + DRAW for way in WAYS.values()]
     drawn = dict(zip(WAYS, map(float, run_each_alone(codes, shelf)), strict=True))
@@ -313,6 +314,7 @@ print(type(pipe).__name__, pipe.clip is not None, pipe.captioner is not None, ha
 """
 
 
+@pytest.mark.slow
 def test_the_published_storybook_loads_by_itself_in_a_fresh_process(tmp_path):
     publish.main(["storybook", "someone/storybook", "--dry-run", str(tmp_path / "storybook")])
     said = run_alone(LOAD.format("'storybook'"), tmp_path)
@@ -320,6 +322,7 @@ def test_the_published_storybook_loads_by_itself_in_a_fresh_process(tmp_path):
     assert ModelCard.load(tmp_path / "storybook" / "README.md").data.library_name == "diffusers"
 
 
+@pytest.mark.slow
 def test_the_published_pipeline_loads_beside_any_checkpoint(shelf, tmp_path):
     publish.main(["pipeline", "someone/difference-inversion", "--dry-run", str(tmp_path / "code")])
     said = run_alone(LOAD.format(f"{str(shelf / 'model')!r}, custom_pipeline='code'"), tmp_path)
@@ -372,6 +375,7 @@ def put_pinned(hub: Hub, repo_id: str) -> None:
     hub.repositories[repo_id]["v1"] = {**main, "pipeline.py": pinned}
 
 
+@pytest.mark.slow
 def test_storybook_is_published_and_loads_from_the_hub_at_any_revision(hub, tmp_path):
     publish.main(["storybook", "someone/storybook"])
     put_pinned(hub, "someone/storybook")
@@ -381,6 +385,7 @@ def test_storybook_is_published_and_loads_from_the_hub_at_any_revision(hub, tmp_
     assert pinned.split() == ["DifferenceInversionPipeline", "True", "True", "True"]
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_published_and_loads_from_the_hub_at_any_revision(hub, shelf, tmp_path):
     publish.main(["pipeline", "someone/code"])
     put_pinned(hub, "someone/code")
@@ -391,6 +396,7 @@ def test_the_pipeline_is_published_and_loads_from_the_hub_at_any_revision(hub, s
     assert pinned.split() == ["DifferenceInversionPipeline", "False", "False", "True"]
 
 
+@pytest.mark.slow
 def test_who_allows_no_remote_code_is_obeyed(shelf):
     code = "import pytest\nwith pytest.raises(ValueError, match='DIFFUSERS_DISABLE_REMOTE_CODE'):"
     code += LOAD.format("'whole'").replace("\n", "\n    ").rstrip()
