@@ -1453,6 +1453,7 @@ class Learner:
       A single prompt, with its rows, is for all of them.
     - `clip_features(tokens)`: each CLIP's text embedding (dim,) of the tokens alone.
     - `draw(latents, samples, generator, jitter, stretch)`: noises and time steps for such latents.
+    - `backward(loss)`: stores the loss's gradient in the tokens.
 
     Args:
         tokens: the initial tokens, (num_tokens, dim), in float32.
@@ -1473,12 +1474,13 @@ class Learner:
         predict: Callable,
         clip_features: Callable,
         draw: Callable,
+        backward: Callable,
         generator: Optional[torch.Generator] = None,
         vocabulary: Optional[Vocabulary] = None,
         gradient_scale: float = 1.0,
     ):
         self.pairs, self.deltas, self.config, self.vocabulary = pairs, deltas, config, vocabulary
-        self.predict, self.clip_features, self.draw = predict, clip_features, draw
+        self.predict, self.clip_features, self.draw, self.backward = predict, clip_features, draw, backward
         self.generator, self.gradient_scale = generator, gradient_scale
         self.tokens = tokens.requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.tokens], lr=config.learning_rate)
@@ -1600,7 +1602,7 @@ class Learner:
             share = len(indices) / total
             with torch.enable_grad():
                 losses = self.losses(self.tokens, pair, draw.part(indices))
-                (losses["loss"] * share * self.gradient_scale).backward()
+                self.backward(losses["loss"] * share * self.gradient_scale)
             for name, value in losses.items():
                 values[name] = values.get(name, 0.0) + share * float(value.detach())
         return values
@@ -2893,6 +2895,7 @@ class DifferenceInversionPipeline(
                 predict=self._predict,
                 clip_features=self._token_features,
                 draw=self._draw,
+                backward=self._backward,
                 generator=generator,
                 vocabulary=vocabulary,
                 gradient_scale=self._gradient_scale,
@@ -3266,6 +3269,10 @@ class DifferenceInversionPipeline(
             self.unet.dtype,
             cure,
         )
+
+    @staticmethod
+    def _backward(loss: torch.Tensor) -> None:
+        loss.backward()
 
     def _token_features(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Each CLIP's text embedding (dim,) of the tokens alone, for the CLIP loss (Figure 3)."""

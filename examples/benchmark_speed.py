@@ -34,7 +34,7 @@ from unittest import mock
 import torch
 import transformers
 from backbones import CONFIGS, build_backbone
-from common import STORYBOOK, check_device, check_model, loading, told_in_one_line
+from common import STORYBOOK, check_device, check_model, loading, positive, told_in_one_line
 from PIL import Image, ImageDraw
 
 import diffusers
@@ -353,15 +353,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="of the pictures, in pixels; the model's own by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of all models; by default as they are loaded")
-    parser.add_argument("--repeats", type=int, default=8, help="that count, of a learning step and of a drawing")
+    parser.add_argument("--repeats", type=positive, default=8, help="that count, of a learning step and of a drawing")
     parser.add_argument("--inference-steps", type=int, default=50, help="of the whole schedule")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="all by default")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of the UNet: slower, in less memory")
     parser.add_argument("--compile", action="store_true", help="the UNet, by torch.compile")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; give at least 1")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -77,6 +77,12 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
 def parse_named_folder(text: str) -> tuple[str, Path]:
     """NAME=FOLDER, or a folder alone, whose name is then taken."""
     name, named, folder = text.partition("=")

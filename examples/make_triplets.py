@@ -37,6 +37,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from common import positive
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -211,12 +212,6 @@ def write_triplet(folder: Path, index: int, a: Record, b: Record) -> dict[str, s
         "answer_prompt": b.edited_prompt,
         "instruction": b.edit_prompt,
     }
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

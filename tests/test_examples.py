@@ -6,8 +6,11 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +38,7 @@ from benchmark import (
     summary_table,
 )
 from components import XL_COMPONENTS, build_instruct_unet, decode, encode, save_component, to_pil, to_signed
-from conftest import build_clip, build_pipeline, build_tokenizer
+from conftest import build_clip, build_pipeline, build_tokenizer, rows_of
 from PIL import Image
 from questions import draw_questions, with_fillers
 from safetensors import safe_open
@@ -47,7 +50,7 @@ from training import draw
 from transformers import CLIPModel
 from world import ATTRIBUTES, Scene, describe, random_scene, render
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import load_image
 from pipeline_difference_inversion import DifferenceInversionPipeline, DifferenceTokens
 
@@ -417,6 +420,81 @@ def test_many_differences_are_learned_once_and_bad_pairs_are_told_at_the_end(tmp
     files[0].unlink()
     assert invert_many.main(given) == 1 and "1 learned, 1 were there before" in capsys.readouterr().out
     assert files[0].exists() and files[1].stat().st_mtime_ns == written[1]
+
+
+@pytest.mark.parametrize("objective", ["contrast", "consistency"])
+def test_differences_that_are_learned_together_are_those_of_one_at_a_time_in_fewer_calls(tmp_path, capsys, objective):
+    model = build_pipeline()
+    model.save_pretrained(tmp_path / "model")
+    for color in ("red", "blue", "white", "black"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    pair = {"before": "red.png", "before_prompt": "a red cabin", "after_prompt": "a castle"}
+    lines = [pair | {"after": f"{name}.png", "name": name} for name in ("blue", "bad", "white", "black")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ["--pairs", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "model"), "--config", "init=random"]
+    given += [f"objective={objective}", "num_optimization_steps=4", "learning_rate=0.001", "--output"]
+    latents = {}
+    for way, at_once in (("alone", "1"), ("together", "3")):
+        latents[way] = []
+        with at_every_unet_call(latents[way].append):
+            assert invert_many.main([*given, str(tmp_path / way), "--at-once", at_once]) == 1
+        told = capsys.readouterr()
+        assert (
+            "line 2:" in told.err and "bad.png" in told.err and "3 learned, 0 were there before, 1 failed" in told.out
+        )
+    assert sum(latents["together"]) == sum(latents["alone"])
+    assert len(latents["together"]) < 0.5 * len(latents["alone"])
+    for name in ("blue", "white", "black"):
+        one, other = (DifferenceTokens.load(tmp_path / way / f"{name}.safetensors") for way in latents)
+        torch.testing.assert_close(rows_of(other), rows_of(one), atol=1e-5, rtol=1e-4)
+        losses = [float(difference.metadata.pop("loss")) for difference in (one, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert one.metadata | {"created": other.metadata["created"]} == other.metadata
+
+
+@contextmanager
+def at_every_unet_call(do):
+    """Calls `do` with the batch size of each call of any UNet while it is open."""
+
+    def note(module, inputs, output):
+        if isinstance(module, UNet2DConditionModel):
+            do(len(inputs[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("at_once, call", [("1", 20), ("2", 5)])  # while the second is learned, and the first two
+def test_ctrl_c_while_many_differences_are_learned_leaves_whole_ones_alone(tmp_path, at_once, call):
+    build_pipeline().save_pretrained(tmp_path / "model")
+    for color in ("red", "blue", "white"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    pair = {"before": "red.png", "before_prompt": "a red cabin", "after_prompt": "a castle"}
+    lines = [pair | {"after": f"{name}.png", "name": name} for name in ("blue", "white", "blue again", "white again")]
+    lines = [line | {"after": f"{line['name'].split()[0]}.png"} for line in lines]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = ["--pairs", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "model")]
+    given += ["--output", str(tmp_path / "out"), "--at-once", at_once]
+    given += ["--config", "init=random", "complete_prompts=False", "num_optimization_steps=10"]
+    calls, threads = [], threading.active_count()
+
+    def press(batch_size):
+        calls.append(batch_size)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with at_every_unet_call(press), pytest.raises(KeyboardInterrupt):
+        invert_many.main(given)
+    whole = {path.name for path in (tmp_path / "out").iterdir()}
+    assert whole == ({"blue.safetensors"} if at_once == "1" else set())
+    assert threading.active_count() == threads
+    assert invert_many.main(given) == 0
+    files = [DifferenceTokens.load(path) for path in (tmp_path / "out").iterdir()]
+    assert len(files) == 4 and all(rows_of(difference).isfinite().all() for difference in files)
 
 
 @pytest.mark.slow

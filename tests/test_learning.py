@@ -141,7 +141,8 @@ def test_a_learner_needs_no_pipeline():
 
     config = LearningConfig(lambda_clip=0, lambda_tc=2, num_optimization_steps=100, learning_rate=0.1)
     config = replace(config, objective="consistency", num_samples_per_step=4)
-    learner = Learner(torch.zeros(2, 5), [pair], [], config, predict=predict, clip_features=None, draw=draw)
+    models = {"predict": predict, "clip_features": None, "draw": draw, "backward": torch.Tensor.backward}
+    learner = Learner(torch.zeros(2, 5), [pair], [], config, **models)
     learner.prepare()
     learner.judge()
     assert learner.best()[1] == pytest.approx(2 * 3**2)
