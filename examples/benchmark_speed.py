@@ -68,7 +68,11 @@ def build(options: argparse.Namespace) -> DifferenceInversionPipeline:
     if options.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if options.compile:
-        pipe.unet = torch.compile(pipe.unet.requires_grad_(False), dynamic=True)
+        pipe.unet.requires_grad_(False)  # as in learning, which would otherwise need graphs of its own
+    if options.compile == "whole":
+        pipe.unet = torch.compile(pipe.unet, dynamic=True)
+    elif options.compile == "blocks":
+        pipe.unet.compile_repeated_blocks(dynamic=True)
     return pipe
 
 
@@ -339,7 +343,7 @@ def surroundings(pipe: DifferenceInversionPipeline, options: argparse.Namespace)
     return {
         "model": f"{options.model}, at {before.width}×{before.height}",
         "types": ", ".join(sorted(types)).replace("torch.", ""),
-        "options": f"gradient checkpointing {options.gradient_checkpointing}, compiled {options.compile}",
+        "options": f"gradient checkpointing {options.gradient_checkpointing}, compiled: {options.compile or 'nothing'}",
         "machine": processor(),
         "versions": f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}",
     }
@@ -357,7 +361,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inference-steps", type=int, default=50, help="of the whole schedule")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="all by default")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of the UNet: slower, in less memory")
-    parser.add_argument("--compile", action="store_true", help="the UNet, by torch.compile")
+    parser.add_argument(
+        "--compile",
+        choices=("whole", "blocks"),
+        help="the UNet by torch.compile: all of it, or each of its transformer blocks, which takes far less time",
+    )
     return parser.parse_args(arguments)
 
 

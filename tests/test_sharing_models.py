@@ -104,6 +104,32 @@ def test_a_text_encoder_that_ignores_the_rows_is_refused(pipe):
             table.forward(torch.tensor([[1, 2]]))  # as a graph does that knows of no hook
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+def test_a_compiled_unet_learns_and_draws_the_same_and_is_not_compiled_again(pipe, pair, part):
+    """The backend "eager" makes the graphs that the others make, and runs them as they are."""
+
+    def ask(pipe, color: str) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = pair | {"after": picture(color), "image": picture("blue"), "prompt": f"a {color} boat by night"}
+        options = {"init": "random", "num_optimization_steps": 2, "num_inference_steps": 3, "output_type": "latent"}
+        output = analogy(pipe, **asked, **options, generator=seeded())
+        return output.images, rows_of(output.difference)
+
+    expected = [ask(pipe, color) for color in ("yellow", "green")]
+    pipe.unet.requires_grad_(False)
+    if part == "whole":
+        pipe.unet = torch.compile(pipe.unet, backend="eager", dynamic=True)
+    else:
+        pipe.unet.compile_repeated_blocks(backend="eager", dynamic=True)
+    try:
+        first = ask(pipe, "yellow")
+        with torch.compiler.set_stance("fail_on_recompile"):
+            second = ask(pipe, "green")
+    finally:
+        torch.compiler.reset()
+    torch.testing.assert_close([*first, *second], [*expected[0], *expected[1]], atol=1e-4, rtol=1e-4)
+
+
 def test_weights_kept_in_eight_bits_learn_as_the_same_weights_in_full(pair):
     pipes = [build_pipeline() for _ in range(2)]
     pipes[0].unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
