@@ -619,7 +619,7 @@ def from_day_to_night(pipe, before_prompt: str, after_prompt: str):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize(
     "before_prompt, after_prompt",
     [

@@ -104,7 +104,7 @@ def test_a_text_encoder_that_ignores_the_rows_is_refused(pipe):
             table.forward(torch.tensor([[1, 2]]))  # as a graph does that knows of no hook
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("part", ["whole", "blocks"])
 def test_a_compiled_unet_learns_and_draws_the_same_and_is_not_compiled_again(pipe, pair, part):
     """The backend "eager" makes the graphs that the others make, and runs them as they are."""
