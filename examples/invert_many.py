@@ -8,8 +8,8 @@ Each line of the file is an object with the paths `before` and `after`, relative
 prompts `before_prompt` and `after_prompt`, which the captioner otherwise writes, and a `name`: the difference is saved as
 `NAME.safetensors`, by default under the line's number.
 
-With `--at-once N` each process learns N differences at a time, whose UNet calls are joined: a large GPU is better used, and
-what is learned is the same but for rounding. It takes about N times the memory of one, without the weights.
+With `--at-once N` each process learns N differences at a time, whose UNet calls are joined; what is learned is the same but
+for rounding. It is meant for large GPUs, and takes about N times the memory of one, without the weights.
 
 `accelerate launch` shares the pairs out between the processes that it starts, one for each GPU; with `--num_processes 8`, or
 `--num_machines 2` and what else its help says, between as many. On CPUs it takes `--multi_gpu --num_processes N` all the

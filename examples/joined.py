@@ -1,7 +1,7 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
 """Learns several differences at once on one device, with one UNet call for all of them.
 
-A single difference sends 2 to 12 latents through the UNet at a time, which does not fill a large GPU. Here each difference
+A single difference sends 2 to 12 latents through the UNet at a time, which may not fill a large GPU. Here each difference
 is learned by a thread with a pipeline of its own, and all pipelines share their models. Only one thread works at a time. It
 gives way where it needs the UNet, and once every thread does, one call answers all of them. Gradients are joined likewise.
 """
