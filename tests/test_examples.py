@@ -619,7 +619,7 @@ def from_day_to_night(pipe, before_prompt: str, after_prompt: str):
     )
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before_prompt, after_prompt",
     [

@@ -213,7 +213,7 @@ IN_EVERY_RUN = ("loose", "wrong of before", "with fillers")
 
 @pytest.mark.parametrize(
     "captions",
-    [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.once) for name in CAPTIONS],
+    [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in CAPTIONS],
 )
 def test_the_change_is_found_and_nothing_else_whatever_the_captions_say(found, captions):
     difference = found(captions)
@@ -224,7 +224,7 @@ def test_the_change_is_found_and_nothing_else_whatever_the_captions_say(found, c
 LAYOUT = {"x": 0.4, "size": 0.45, "horizon": 0.6}
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shown, change, lost, gained",
     [
