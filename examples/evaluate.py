@@ -314,8 +314,8 @@ def seeded(seed: int) -> torch.Generator:
 Encoder = Callable[[list[Image.Image]], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def load_encoder(name: str, device: torch.device) -> Encoder:
-    with loading("--encoder", name, "a vision model's folder or Hub name"):
+def load_encoder(name: str, device: torch.device, option: str = "--encoder") -> Encoder:
+    with loading(option, name, "a vision model's folder or Hub name"):
         model, info = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         random = sorted(key for key in info["missing_keys"] if not key.endswith(("mask_token", "position_ids")))
         if random:

@@ -1,5 +1,5 @@
 # Copyright 2026 The Difference Inversion Authors. Licensed under the Apache License, Version 2.0.
-"""What this project is compared with, by diffusers' own pipelines: SDEdit and InstructPix2Pix."""
+"""What this project is compared with, by diffusers' own pipelines."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from common import loading
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
@@ -40,8 +41,18 @@ def load_instruct(
         if not (Path(model) / "config.json").is_file():
             given = {"dtype": pipe.dtype, **UNCHECKED}
             return quiet(StableDiffusionInstructPix2PixPipeline.from_pretrained(model, **given).to(pipe.device))
-        unet = UNet2DConditionModel.from_pretrained(model).to(pipe.device, pipe.dtype)
-    return stock(StableDiffusionInstructPix2PixPipeline, pipe, unet=unet.requires_grad_(False).eval())
+        return with_unet(StableDiffusionInstructPix2PixPipeline, pipe, model)
+
+
+def load_inpaint(pipe: DiffusionPipeline, folder: Path, option: str) -> StableDiffusionInpaintPipeline:
+    """Inpainting with the UNet that lies in a folder, such as `train.py inpaint` writes, and the other parts of `pipe`."""
+    with loading(option, folder, "the folder of an inpainting UNet"):
+        return with_unet(StableDiffusionInpaintPipeline, pipe, folder)
+
+
+def with_unet(pipeline: type[DiffusionPipeline], pipe: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
+    unet = UNet2DConditionModel.from_pretrained(folder).to(pipe.device, pipe.dtype)
+    return stock(pipeline, pipe, unet=unet.requires_grad_(False).eval())
 
 
 def stock(pipeline: type[DiffusionPipeline], pipe: DiffusionPipeline, **parts) -> DiffusionPipeline:

@@ -20,7 +20,6 @@ import invert_many
 import pytest
 import torch
 from analogies import BLENDS, Analogy, judge, random_analogy, random_wordless_analogy
-from baselines import picture_latents, visii_instruction
 from benchmark import (
     CEILING,
     Answer,
@@ -37,14 +36,13 @@ from benchmark import (
     read_answers,
     summary_table,
 )
-from components import XL_COMPONENTS, build_instruct_unet, decode, encode, save_component, to_pil, to_signed
+from components import XL_COMPONENTS, decode, encode, save_component, to_pil, to_signed
 from conftest import build_clip, build_pipeline, build_tokenizer, rows_of
 from PIL import Image
 from questions import draw_questions, with_fillers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scores import clip_near_misses, clip_restated
-from stock import load_instruct
 from train import bf16_pays
 from training import draw
 from transformers import CLIPModel
@@ -288,8 +286,8 @@ def asked(monkeypatch) -> dict:
 )
 def test_benchmark_gives_the_pipeline_what_the_setting_says(storybook, asked, setting, expected):
     question = draw_questions(setting, [0], 1)[0]
-    options = SimpleNamespace(configs=[{"num_tokens": 2, "init": "zeros"}], sdedit=[], instruct=None, visii=False)
-    own, task = methods(question, options), make_task(storybook, None, question)
+    options = parse_options(["--config", "num_tokens=2", "init=zeros"])
+    own, task = methods(question, options), make_task(storybook, {}, question)
     own["num_tokens=2, init=zeros"](task)
     assert asked["image"] == render(question.analogy.query) and asked["before"] == render(question.analogy.before)
     expected = {"learning_kwargs": {"num_tokens": 2, "init": "zeros"}} | question.prompts | expected
@@ -303,10 +301,11 @@ def test_benchmark_gives_the_pipeline_what_the_setting_says(storybook, asked, se
 
 def test_benchmarks_ceiling_is_learned_from_the_answer_itself(storybook, asked):
     question = draw_questions("wordless", [0], 1)[0]
-    config = {"strength": 0.8, "num_tokens": 2}
-    own = methods(question, SimpleNamespace(configs=[config], sdedit=[0.5], instruct=None, visii=False))
+    options = parse_options(["--sdedit", "0.5", "--inpaint", "folder"])
+    options.configs = [{"strength": 0.8, "num_tokens": 2}]
+    own = methods(question, options)
     assert list(own) == ["strength=0.8, num_tokens=2", "ceiling", "no change"]
-    own["ceiling"](make_task(storybook, None, question))
+    own["ceiling"](make_task(storybook, {}, question))
     assert asked["image"] == asked["before"] == render(question.analogy.query)
     assert asked["after"] == render(question.analogy.target)
     assert asked["learning_kwargs"] == CEILING and asked["strength"] == 0.8
@@ -321,46 +320,8 @@ def test_storybook_answers_in_bfloat16():
     pipe = load_pipeline(STORYBOOK, torch.device("cpu"), dtype=torch.bfloat16)
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     assert all(part.dtype == torch.bfloat16 for part in parts)
-    task = make_task(pipe, None, draw_questions("captioner", [0], 1)[0])
+    task = make_task(pipe, {}, draw_questions("captioner", [0], 1)[0])
     assert ours(task, {"num_optimization_steps": 1, "num_inference_steps": 2}).size == (128, 128)
-
-
-def test_instruct_pix2pix_starts_as_storybook_and_learns_to_look_at_the_picture(storybook):
-    """Its new channels begin at zero, and have a gradient from the first step on."""
-    options = SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))
-    unet = build_instruct_unet(options)
-    latents, picture = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    text = storybook.encode_prompt(["a red cabin", "a castle"])[0]
-    predicted = unet(torch.cat([latents, picture], dim=1), 500, text).sample
-    torch.testing.assert_close(predicted, storybook.unet(latents, 500, text).sample, atol=1e-4, rtol=1e-4)
-    predicted.square().mean().backward()
-    assert unet.conv_in.weight.grad[:, 4:].any()
-
-
-@pytest.mark.once
-def test_visii_makes_of_a_prompt_an_instruction_that_draws_after_from_before_better(storybook, tmp_path):
-    build_instruct_unet(SimpleNamespace(model_dir=STORYBOOK, device=torch.device("cpu"))).save_pretrained(tmp_path)
-    instruct = load_instruct(storybook, tmp_path)
-    before = Scene("castle", "red", "grass", "day", "nothing", "painting", 0.44, 0.46, 0.6)
-    pair = [render(before), render(dataclasses.replace(before, sky="night"))]
-    start, end = (
-        visii_instruction(storybook, instruct, *pair, torch.Generator().manual_seed(0), steps) for steps in (0, 30)
-    )
-    assert start.shape == end.shape == (1, 40, 128)
-    scheduler, times = instruct.scheduler, torch.arange(20, 1000, 49)
-    noise = torch.randn(len(times), 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    picture, clean = (picture_latents(storybook, image) for image in pair)
-    clean = clean * storybook.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def error(instruction) -> float:
-        noisy = torch.cat([scheduler.add_noise(clean, noise, times), picture.expand_as(noise)], dim=1)
-        predicted = instruct.unet(noisy, times, instruction.expand(len(times), -1, -1)).sample
-        return float((predicted - scheduler.get_velocity(clean, noise, times)).square().mean())
-
-    assert error(end) < error(start)
-    asked = {"image": pair[0], "num_inference_steps": 2, "guidance_scale": 1.5, "image_guidance_scale": 1.0}
-    assert instruct(prompt_embeds=end, **asked).images[0].size == (128, 128)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +330,7 @@ def test_visii_makes_of_a_prompt_an_instruction_that_draws_after_from_before_bet
         (["--visii"], "--instruct"),
         (["--others-only", "--paper"], "--paper"),
         (["--visii", "--instruct", "folder", "--dtype", "bfloat16"], "--dtype"),
+        (["--dia", "--dtype", "bfloat16"], "--dtype"),
         (["--setting", "loos"], "'loos'"),
     ],
 )

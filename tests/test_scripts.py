@@ -78,6 +78,8 @@ NO_FOLDER = "cannot be made a folder to write to; name another"
         (benchmark, ["--sheet", "sheet", *MODEL], "--sheet: sheet does not end in a kind of picture"),
         (benchmark, ["--failures", "a.png/x.png", *MODEL], f"--failures: a.png {NO_FOLDER}"),
         (benchmark, ["--instruct", "none", *MODEL], "--instruct: there is no folder none"),
+        (benchmark, ["--inpaint", "folder", *MODEL], "--inpaint: folder cannot be loaded: it has no config.json"),
+        (benchmark, ["--dino", "none", *MODEL], "--dino: there is no folder none"),
         (benchmark, ["--xl", "folder"], "--xl: folder cannot be loaded: it has no unet/config.json"),
         (benchmark, MODEL, "--model: broken cannot be loaded"),
         (benchmark_speed, ["--model", "folder"], "--model: folder cannot be loaded: it has no model_index.json"),
@@ -106,6 +108,8 @@ def test_a_mistake_is_told_in_one_line_that_names_the_option_before_a_model_is_l
         ("edits", "--model-dir: models has no vae; first run train.py vae"),
         ("vae", "--work-dir: work has no pictures.npy; first run train.py pictures"),
         ("unet", "--model-dir: models has no tokenizer; first run train.py tokenizer"),
+        ("inpaint", "--model-dir: models has no tokenizer; first run train.py tokenizer"),
+        ("dino", "--work-dir: work has no pictures.npy; first run train.py pictures"),
     ],
 )
 def test_a_stage_of_training_names_the_one_that_it_needs(here, monkeypatch, stage, complaint):

@@ -42,7 +42,9 @@ What a setting itself asks of the pipeline no configuration changes.
 `--paper` adds the paper's own configuration, and `--sdedit 0.6 0.8` stock diffusers' image to image at these strengths,
 which is given the true caption as the oracle is. `--instruct FOLDER` adds InstructPix2Pix with the UNet that `train.py
 instruct` wrote there, which is given the true instruction, and `--visii` the instruction that VISII learns for it from the
-pair alone, in 1000 steps. Those that are told the truth have no rows where it has no words.
+pair alone, in 1000 steps. `--inpaint FOLDER` adds Analogist, with the UNet of `train.py inpaint`, which is given the true
+caption in place of a VLM's; and `--dia` DIA, which is given pictures alone. Those that are told the truth have no rows where
+it has no words. `--dino FOLDER` adds a column, the directional score by the DINO of `train.py dino`.
 
 `--output FILE.jsonl` keeps every verdict as it comes. What FILE already has of the same questions and methods is not
 answered again and counts in the tables, so that a run that was stopped goes on; use another FILE for another model or
@@ -71,13 +73,21 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from analogies import Analogy, judge
-from baselines import visii_instruction
+from baselines import (
+    DIA_INFERENCE_STEPS,
+    AnalogistAttention,
+    analogist,
+    dia_condition,
+    dia_noise,
+    visii_instruction,
+)
 from components import XL_COMPONENTS
 from PIL import Image
 from questions import SETTINGS, Question, draw_questions
 from tqdm import tqdm
 from world import ATTRIBUTES, describe, render, restatement
 
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import make_image_grid
 
 
@@ -95,8 +105,8 @@ from common import (  # noqa: E402
     parse_setting,
     told_in_one_line,
 )
-from evaluate import Encoder, directional_score, encoder_of  # noqa: E402
-from stock import load_instruct, load_sdedit  # noqa: E402
+from evaluate import Encoder, directional_score, encoder_of, load_encoder  # noqa: E402
+from stock import load_inpaint, load_instruct, load_sdedit, stock  # noqa: E402
 from tables import Z, markdown, rate_cell, wilson  # noqa: E402
 
 from pipeline_difference_inversion import DifferenceInversionPipeline  # noqa: E402
@@ -127,6 +137,18 @@ SDEDIT_GUIDANCE_SCALE = 2.0  # at which Storybook's text to image is scored
 # Of the text's guidance of 2 and 4 and the picture's of 1 and 1.5, these had 22 of the 24 analogies of `--seed 301 --per-kind
 # 4` right, and the others 20 or 21.
 INSTRUCT = {"num_inference_steps": 25, "guidance_scale": 2.0, "image_guidance_scale": 1.5}
+# By `--seed 564`: of three analogies, 1 and 1.5 had one right, and 2 and 3 none.
+DIA_GUIDANCE_SCALE = 1.0
+# Of six analogies of `--seed 564`, 1 and 8 had three right, 2 one and 4 two; 1 is nearest to the right pictures.
+ANALOGIST = {"num_inference_steps": 50, "guidance_scale": 1.0}
+# Each folder that an option names, and the file that it must hold.
+FOLDERS = {
+    "model": "model_index.json",
+    "xl": "unet/config.json",
+    "instruct": "config.json",
+    "inpaint": "config.json",
+    "dino": "config.json",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -139,6 +161,7 @@ class Score:
         read: whether the captioner reads the right scene in the answer; None where no caption is true.
         direction: directional score, by Storybook's CLIP.
         evaluations: latents sent through the UNet.
+        dino: directional score by a DINO; None where there is none.
     """
 
     success: bool
@@ -147,6 +170,7 @@ class Score:
     read: bool | None
     direction: float
     evaluations: int
+    dino: float | None = None
 
 
 @dataclasses.dataclass
@@ -176,6 +200,17 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def load_others(pipe: DifferenceInversionPipeline, options: argparse.Namespace) -> dict[str, DiffusionPipeline]:
+    """The pipelines of the methods that have a UNet of their own."""
+    others = {}
+    if options.instruct:
+        others["instruct"] = load_instruct(pipe, options.instruct, "--instruct")
+    if options.inpaint:
+        others["inpaint"] = load_inpaint(pipe, options.inpaint, "--inpaint")
+        others["inpaint"].unet.set_attn_processor(AnalogistAttention())
+    return others
+
+
 # ----------------------------------------------------------------------------------------------------- answering
 
 
@@ -184,7 +219,7 @@ class Task:
     """A question with its pictures, and what answers it."""
 
     pipe: DifferenceInversionPipeline
-    instruct: torch.nn.Module | None  # InstructPix2Pix, where it is asked too
+    others: dict[str, DiffusionPipeline]  # "instruct" and "inpaint", where they are asked too
     question: Question
     before: Image.Image
     after: Image.Image
@@ -197,11 +232,11 @@ class Task:
         return torch.Generator().manual_seed(self.question.index)
 
 
-def make_task(pipe: DifferenceInversionPipeline, instruct, question: Question) -> Task:
+def make_task(pipe: DifferenceInversionPipeline, others: dict[str, DiffusionPipeline], question: Question) -> Task:
     analogy = question.analogy
     pictures = [render(scene) for scene in (analogy.before, analogy.after, analogy.query)]
     captions = dict(zip(("before_prompt", "after_prompt", "prompt"), pipe.caption(pictures), strict=True))
-    return Task(pipe, instruct, question, *pictures, said=captions | question.prompts)
+    return Task(pipe, others, question, *pictures, said=captions | question.prompts)
 
 
 def ours(task: Task, config: dict) -> Image.Image:
@@ -229,14 +264,32 @@ def sdedit(task: Task, strength: float) -> Image.Image:
 def instruct_pix2pix(task: Task) -> Image.Image:
     analogy, rng = task.question.analogy, random.Random(task.question.index)
     told = ", ".join(restatement(analogy.target, kind, analogy.query, rng) for kind in analogy.kinds)
-    return task.instruct(image=task.query, prompt=told, **INSTRUCT, generator=task.generator).images[0]
+    return task.others["instruct"](image=task.query, prompt=told, **INSTRUCT, generator=task.generator).images[0]
 
 
 def visii(task: Task) -> Image.Image:
     """Has no way back, and so learns from the pair in the order in which the query is to change."""
     before, after = map(render, task.question.change)
-    learned = visii_instruction(task.pipe, task.instruct, before, after, task.generator)
-    return task.instruct(image=task.query, prompt_embeds=learned, **INSTRUCT, generator=task.generator).images[0]
+    learned = visii_instruction(task.pipe, task.others["instruct"], before, after, task.generator)
+    return task.others["instruct"](
+        image=task.query, prompt_embeds=learned, **INSTRUCT, generator=task.generator
+    ).images[0]
+
+
+def analogist_grid(task: Task) -> Image.Image:
+    pictures = [*map(render, task.question.change), task.query]
+    told = {"prompt": task.question.captions.answer, **ANALOGIST, "generator": task.generator}
+    return analogist(task.others["inpaint"], *pictures, **told)
+
+
+def dia(task: Task) -> Image.Image:
+    """Adds what the pair's conditions differ by to the query's, as DIA does, at the strength of 1."""
+    generator = task.generator
+    pictures = [*map(render, task.question.change), task.query]
+    before, after, query = (dia_condition(task.pipe, picture, generator) for picture in pictures)
+    noise = dia_noise(task.pipe, task.query, query, generator)
+    asked = {"num_inference_steps": DIA_INFERENCE_STEPS, "guidance_scale": DIA_GUIDANCE_SCALE, "latents": noise}
+    return stock(StableDiffusionPipeline, task.pipe)(prompt_embeds=query + after - before, **asked).images[0]
 
 
 def no_change(task: Task) -> Image.Image:
@@ -259,6 +312,10 @@ def methods(question: Question, options: argparse.Namespace) -> dict[str, Method
         asked["InstructPix2Pix"] = instruct_pix2pix
     if options.visii:
         asked["VISII"] = visii
+    if options.dia:
+        asked["DIA"] = dia
+    if has_words and options.inpaint:
+        asked["Analogist"] = analogist_grid
     return asked | {NO_CHANGE: no_change}
 
 
@@ -290,21 +347,22 @@ def counted(unets: list[torch.nn.Module]) -> Iterator[list[int]]:
             hook.remove()
 
 
-def answer(pipe, encode: Encoder, question: Question, options: argparse.Namespace) -> Answer:
+def answer(pipe, others, encoders: dict[str, Encoder], question: Question, options: argparse.Namespace) -> Answer:
     """Every method's picture for one question, and their scores."""
-    task = make_task(pipe, options.instruct, question)
+    task = make_task(pipe, others, question)
     result = Answer(question, task.said, scores={}, pictures={})
-    unets = [asked.unet for asked in (pipe, options.instruct) if asked is not None]
+    unets = [asked.unet for asked in (pipe, *others.values())]
     for name, method in methods(question, options).items():
         with counted(unets) as counts:
             picture = method(task)
-        result.scores[name] = score(task, encode, picture, sum(counts))
+        result.scores[name] = score(task, encoders, picture, sum(counts))
         if question.setting == options.setting[0]:  # the sheets show no others
             result.pictures[name] = picture
     return result
 
 
-def score(task: Task, encode: Encoder, picture: Image.Image, evaluations: int) -> Score:
+def score(task: Task, encoders: dict[str, Encoder], picture: Image.Image, evaluations: int) -> Score:
+    """By `encoders`, each of which gives the field of its name."""
     question = task.question
     before, after = map(render, question.change)
     read = None
@@ -313,8 +371,8 @@ def score(task: Task, encode: Encoder, picture: Image.Image, evaluations: int) -
     return Score(
         **dataclasses.asdict(judge(picture, question.analogy)),
         read=read,
-        direction=directional_score(encode, before, after, task.query, picture),
         evaluations=evaluations,
+        **{name: directional_score(encode, before, after, task.query, picture) for name, encode in encoders.items()},
     )
 
 
@@ -354,19 +412,21 @@ def read_answers(path: Path | None, questions: list[Question], options: argparse
         except json.JSONDecodeError:  # a run was stopped while it wrote
             continue
         question = asked.get(tuple(record.get(name) for name in ("setting", "seed", "index")))
-        earlier = question and earlier_answer(record, question, list(methods(question, options)))
+        earlier = question and earlier_answer(record, question, list(methods(question, options)), bool(options.dino))
         if earlier:
             found[question.place] = earlier
     return list(found.values())
 
 
-def earlier_answer(record: dict, question: Question, names: list[str]) -> Answer | None:
+def earlier_answer(record: dict, question: Question, names: list[str], with_dino: bool) -> Answer | None:
     """The answer that a line of the file holds, if it is one to this question by all these methods."""
     same_scenes = json.loads(json.dumps(dataclasses.asdict(question.analogy))).items() <= record.items()
     same_prompts = question.prompts.items() <= record["prompts"].items()
     if not same_scenes or not same_prompts or not set(names) <= set(record["methods"]):
         return None
     scores = {name: Score(**record["methods"][name]) for name in names}
+    if with_dino and any(score.dino is None for score in scores.values()):
+        return None
     return Answer(question, record["prompts"], scores, pictures={})
 
 
@@ -416,20 +476,26 @@ def mean_difference_cell(first: list[float], second: list[float]) -> str:
     return f"{mean:+.1f} ± {Z * statistics.stdev(differences) / len(differences) ** 0.5:.1f} dB"
 
 
-COLUMNS = ["success", "kept", "read", "PSNR", "direction", "UNet"]
+def columns(answers: list[Answer]) -> list[str]:
+    """`DINO` stands among them only where all was scored by one."""
+    scores = [score for a in answers for score in a.scores.values()]
+    dino = ["DINO"] if all(score.dino is not None for score in scores) else []
+    return ["success", "kept", "read", "PSNR", "direction", *dino, "UNet"]
 
 
-def cells(scores: list[Score]) -> list[str]:
-    """The rates and means of COLUMNS."""
+def cells(scores: list[Score], names: list[str]) -> list[str]:
+    """The rates and means of these columns."""
     read = [s.read for s in scores if s.read is not None]
-    return [
-        rate_cell(s.success for s in scores),
-        rate_cell(s.kept for s in scores),
-        f"{statistics.mean(read):.2f}" if read else "–",
-        f"{statistics.mean(s.psnr for s in scores):.1f} dB",
-        f"{statistics.mean(s.direction for s in scores):.2f}",
-        f"{statistics.mean(s.evaluations for s in scores):.0f}",
-    ]
+    values = {
+        "success": lambda: rate_cell(s.success for s in scores),
+        "kept": lambda: rate_cell(s.kept for s in scores),
+        "read": lambda: f"{statistics.mean(read):.2f}" if read else "–",
+        "PSNR": lambda: f"{statistics.mean(s.psnr for s in scores):.1f} dB",
+        "direction": lambda: f"{statistics.mean(s.direction for s in scores):.2f}",
+        "DINO": lambda: f"{statistics.mean(s.dino for s in scores):.2f}",
+        "UNet": lambda: f"{statistics.mean(s.evaluations for s in scores):.0f}",
+    }
+    return [values[name]() for name in names]
 
 
 def by_setting(answers: list[Answer]) -> dict[str, list[Answer]]:
@@ -439,12 +505,13 @@ def by_setting(answers: list[Answer]) -> dict[str, list[Answer]]:
 
 def summary_table(answers: list[Answer]) -> str:
     """Rates and means by setting and method, in Markdown."""
+    names = columns(answers)
     rows = [
-        [setting, method, len(chosen), *cells([a.scores[method] for a in chosen])]
+        [setting, method, len(chosen), *cells([a.scores[method] for a in chosen], names)]
         for setting, chosen in by_setting(answers).items()
         for method in chosen[0].scores
     ]
-    return markdown(["setting", "method", "n", *COLUMNS], rows)
+    return markdown(["setting", "method", "n", *names], rows)
 
 
 def comparison_table(answers: list[Answer], names: list[str]) -> str:
@@ -462,13 +529,13 @@ def comparison_table(answers: list[Answer], names: list[str]) -> str:
 
 def kind_table(answers: list[Answer]) -> str:
     """Rates and means by setting, kind of change and method, in Markdown."""
-    rows = []
+    rows, names = [], columns(answers)
     for setting, own in by_setting(answers).items():
         for kind in ("far", *ATTRIBUTES):
             chosen = [a for a in own if is_of_kind(a.question.analogy, kind)]
             for method in chosen[0].scores if chosen else ():
-                rows.append([setting, kind, len(chosen), method, *cells([a.scores[method] for a in chosen])])
-    return markdown(["setting", "kind", "n", "method", *COLUMNS], rows)
+                rows.append([setting, kind, len(chosen), method, *cells([a.scores[method] for a in chosen], names)])
+    return markdown(["setting", "kind", "n", "method", *names], rows)
 
 
 def is_of_kind(analogy: Analogy, kind: str) -> bool:
@@ -545,14 +612,20 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--others-only", action="store_true", help="leaves out our own answers and the oracle's")
     parser.add_argument("--instruct", type=Path, metavar="FOLDER", help="the UNet that `train.py instruct` wrote")
     parser.add_argument("--visii", action="store_true", help="adds VISII, a minute or more an analogy on a CPU")
+    parser.add_argument("--dia", action="store_true", help="adds DIA")
+    parser.add_argument(
+        "--inpaint", type=Path, metavar="FOLDER", help="Analogist's UNet, which `train.py inpaint` wrote"
+    )
+    parser.add_argument("--dino", type=Path, metavar="FOLDER", help="of `train.py dino`; adds its directional score")
     parser.add_argument("--output", type=Path, help="a JSON line for each question; those in it are not asked again")
     parser.add_argument("--sheet", type=Path, help="the first setting's first twelve analogies as one picture")
     parser.add_argument("--failures", type=Path, help="the first twelve where the first row's method failed, likewise")
     options = parser.parse_args(arguments)
     if options.visii and not options.instruct:
         parser.error("--visii learns an instruction for the UNet of --instruct; give that too")
-    if options.visii and options.dtype != "float32":
-        parser.error("--visii learns in steps that are lost in --dtype bfloat16")
+    for name in ("visii", "dia"):
+        if getattr(options, name) and options.dtype != "float32":
+            parser.error(f"--{name} learns in steps that are lost in --dtype bfloat16")
     if options.others_only and (options.config or options.paper):
         parser.error("--others-only leaves out what --config and --paper ask for")
     if options.per_kind < 1:
@@ -572,7 +645,7 @@ def check_files(options: argparse.Namespace) -> None:
     for name in ("sheet", "failures"):
         if file := getattr(options, name):
             check_picture_target(file, f"--{name}")
-    for name, file in {"model": "model_index.json", "xl": "unet/config.json", "instruct": "config.json"}.items():
+    for name, file in FOLDERS.items():
         if folder := getattr(options, name):
             check_model(str(folder), f"--{name}", (file,))
 
@@ -582,8 +655,10 @@ def main(arguments: list[str] | None = None) -> None:
     with told_in_one_line():
         check_files(options)
         pipe = load_pipeline(options.model, state.device, options.xl, DTYPES[options.dtype])
-        options.instruct = options.instruct and load_instruct(pipe, options.instruct, "--instruct")
-    encode = encoder_of(pipe.clip, pipe.clip_processor.image_processor)
+        others = load_others(pipe, options)
+        encoders = {"direction": encoder_of(pipe.clip, pipe.clip_processor.image_processor)}
+        if options.dino:
+            encoders["dino"] = load_encoder(str(options.dino), state.device, "--dino")
     questions = [q for setting in options.setting for q in draw_questions(setting, options.seed, options.per_kind)]
     earlier = read_answers(options.output, questions, options)
     state.wait_for_everyone()  # all have read before anyone writes
@@ -597,7 +672,7 @@ def main(arguments: list[str] | None = None) -> None:
     start, answers = time.monotonic(), []
     with open(options.output or os.devnull, "a", buffering=1) as lines:
         for question in tqdm(mine, disable=not state.is_main_process):
-            answers.append(answer(pipe, encode, question, options))
+            answers.append(answer(pipe, others, encoders, question, options))
             lines.write(json.dumps(json_record(answers[-1])) + "\n")
     seconds = (time.monotonic() - start) / max(1, len(answers))
     order = {question.place: number for number, question in enumerate(questions)}

@@ -275,12 +275,12 @@ def build_unet_xl(options: argparse.Namespace) -> UNet2DConditionModel:
     return unet.to(options.device)
 
 
-def build_instruct_unet(options: argparse.Namespace) -> UNet2DConditionModel:
-    """Storybook's UNet with four more input channels, for the picture to edit, whose weights begin at zero."""
+def build_wider_unet(options: argparse.Namespace, channels: int) -> UNet2DConditionModel:
+    """Storybook's UNet with so many input channels: 8 for InstructPix2Pix, 9 for inpainting. New weights begin at zero."""
     unet = need_component(options, "unet").requires_grad_(True)
     old = unet.conv_in
-    unet.register_to_config(in_channels=8)
-    unet.conv_in = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, padding=old.padding).to(options.device)
+    unet.register_to_config(in_channels=channels)
+    unet.conv_in = torch.nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding).to(options.device)
     with torch.no_grad():
         unet.conv_in.weight.zero_()[:, :4].copy_(old.weight)
         unet.conv_in.bias.copy_(old.bias)

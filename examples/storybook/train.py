@@ -16,6 +16,8 @@ STAGE is one of the following, each of which needs the ones above it, or `all` f
     evaluate    scores whatever is there on fresh scenes and draws sheets of samples
     edits       draws one edited picture for each picture and encodes it, once
     instruct    InstructPix2Pix's UNet, on the edits; a baseline of the benchmark, which stays in the work folder
+    inpaint     a UNet that fills one picture of a grid of four, two edits; Analogist's, which stays there as well
+    dino        DINO, on the pictures; an encoder for the benchmark's scores, which stays there as well
     clip_2      Storybook-XL's second CLIP and text encoder, narrower than the first
     unet_xl     Storybook-XL's UNet, from Storybook's weights, on the latents; with `--xl-dir` as its folder
 
@@ -66,8 +68,10 @@ from components import (
 )
 from scores import psnr, stage_evaluate
 from tqdm import tqdm
+from train_dino import stage_dino
+from train_inpaint import stage_inpaint
 from train_instruct import stage_edits, stage_instruct
-from training import begin, draw, fit, jitter, load_pictures, load_scenes, made, spread_times, token_ids
+from training import begin, draw, fit, jitter, load_pictures, load_scenes, made, token_ids, unet_caption, velocity_loss
 from transformers import (
     BlipForConditionalGeneration,
     BlipImageProcessor,
@@ -79,7 +83,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
-from world import ATTRIBUTES, PICTURE_SIZE, Scene, caption, describe, random_scene
+from world import ATTRIBUTES, PICTURE_SIZE, caption, describe, random_scene
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -295,14 +299,6 @@ def stage_latents(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------- unet
 
 
-def unet_caption(scene: Scene, rng: random.Random) -> str:
-    """One in ten is empty, which is what classifier-free guidance compares with."""
-    draw = rng.random()
-    if draw < 0.1:
-        return ""
-    return describe(scene) if draw < 0.5 else caption(scene, rng)
-
-
 def stage_unet(options: argparse.Namespace) -> None:
     """Trains the diffusion model on cached latents."""
     tokenizer, text_encoder = need_component(options, "tokenizer"), need_component(options, "text_encoder")
@@ -318,7 +314,6 @@ def stage_unet(options: argparse.Namespace) -> None:
 def train_unet(stage: str, model: UNet2DConditionModel, told: Callable, options, folder: Path) -> None:
     """On cached latents, told captions as the UNet's keyword arguments."""
     latents, scenes = torch.from_numpy(np.load(made(options, "latents.npy"))), load_scenes(options)
-    scheduler = build_scheduler()
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = rng.choices(range(len(scenes)), k=batch_size)
@@ -326,10 +321,7 @@ def train_unet(stage: str, model: UNet2DConditionModel, told: Callable, options,
         captions = [unet_caption(scenes[i], rng) for i in chosen]
         with torch.no_grad():
             text = told(captions)
-        times, noise = spread_times(batch_size).to(options.device), torch.randn_like(clean)
-        velocity = scheduler.get_velocity(clean, noise, times)
-        predicted = model(scheduler.add_noise(clean, noise, times), times, **text).sample
-        return {"loss": F.mse_loss(predicted.float(), velocity)}
+        return {"loss": velocity_loss(model, clean, **text)}
 
     def export(average: UNet2DConditionModel, done: bool) -> None:
         save_component(average, folder / "unet")
@@ -438,6 +430,8 @@ STAGES = {
     "evaluate": stage_evaluate,
     "edits": stage_edits,
     "instruct": stage_instruct,
+    "inpaint": stage_inpaint,
+    "dino": stage_dino,
     "clip_2": stage_clip_2,
     "unet_xl": stage_unet_xl,
 }

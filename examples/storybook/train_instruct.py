@@ -11,10 +11,8 @@ import random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from components import (
-    build_instruct_unet,
-    build_scheduler,
+    build_wider_unet,
     encode,
     need_component,
     save_component,
@@ -22,20 +20,24 @@ from components import (
     write_text,
 )
 from tqdm import tqdm
-from training import draw, fit, load_scenes, made, spread_times, token_ids
+from training import draw, fit, load_scenes, made, token_ids, velocity_loss
 from world import ATTRIBUTES, Scene, restatement
 
 from diffusers import UNet2DConditionModel
 
 
-def draw_edit(job: tuple[Scene, int]) -> tuple[str, np.ndarray]:
-    """An instruction that changes one attribute of the scene, and the picture it asks for."""
-    scene, seed = job
+def draw_edit_of(scene: Scene, seed: int) -> tuple[str, Scene]:
+    """An instruction that changes one attribute of the scene, and the scene it asks for."""
     rng = random.Random(f"edit {seed}")
     attribute = rng.choice(list(ATTRIBUTES))
     value = rng.choice([value for value in ATTRIBUTES[attribute] if value != getattr(scene, attribute)])
     edited = dataclasses.replace(scene, **{attribute: value})
-    return restatement(edited, attribute, scene, rng), draw(edited)
+    return restatement(edited, attribute, scene, rng), edited
+
+
+def draw_edit(job: tuple[Scene, int]) -> tuple[str, np.ndarray]:
+    instruction, edited = draw_edit_of(*job)
+    return instruction, draw(edited)
 
 
 def stage_edits(options: argparse.Namespace) -> None:
@@ -61,7 +63,7 @@ def stage_instruct(options: argparse.Namespace) -> None:
     instructions = json.loads(made(options, "edits.json").read_text())
     before, after = (torch.from_numpy(np.load(made(options, f"{name}.npy"))) for name in ("latents", "edits"))
     scale = need_component(options, "vae").config.scaling_factor
-    scheduler, model = build_scheduler(), build_instruct_unet(options)
+    model = build_wider_unet(options, 8)
 
     def losses(rng: random.Random, batch_size: int) -> dict[str, torch.Tensor]:
         chosen = rng.choices(range(len(after)), k=batch_size)
@@ -73,10 +75,7 @@ def stage_instruct(options: argparse.Namespace) -> None:
         said = [instructions[i] if kept else "" for i, kept in zip(chosen, kept_text.tolist(), strict=True)]
         with torch.no_grad():
             text = text_encoder(token_ids(tokenizer, said).to(options.device)).last_hidden_state  # [N, 40, 128]
-        times, noise = spread_times(batch_size).to(options.device), torch.randn_like(clean)
-        noisy = scheduler.add_noise(clean, noise, times)
-        predicted = model(torch.cat([noisy, picture], dim=1), times, text).sample
-        return {"loss": F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, times))}
+        return {"loss": velocity_loss(model, clean, picture, encoder_hidden_states=text)}
 
     def export(average: UNet2DConditionModel, done: bool) -> None:
         save_component(average, options.work_dir / "instruct_unet")

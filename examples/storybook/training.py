@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from components import MAX_TOKENS, load_component, write_model_index
+import torch.nn.functional as F
+from components import MAX_TOKENS, build_scheduler, load_component, write_model_index
 from tqdm import tqdm
 from transformers import CLIPTokenizer
-from world import Scene, render
+from world import Scene, caption, describe, render
 
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 
@@ -41,6 +43,8 @@ RECIPES = {
     "unet": Recipe(21000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
     "instruct": Recipe(4500, 32, 3e-4),
+    "inpaint": Recipe(2500, 8, 3e-4),
+    "dino": Recipe(2000, 32, 5e-4),
     "clip_2": Recipe(3000, 64, 1e-3),
     "unet_xl": Recipe(2000, 32, 4e-4),
 }
@@ -85,6 +89,33 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 def spread_times(count: int) -> torch.Tensor:
     """One random time step in each of `count` equal stretches: less variance than as many independent ones."""
     return ((torch.arange(count) + torch.rand(count)) * 1000 / count).long().clamp(max=999)
+
+
+def unet_caption(scene: Scene, rng: random.Random) -> str:
+    """One in ten is empty, which is what classifier-free guidance compares with."""
+    draw = rng.random()
+    if draw < 0.1:
+        return ""
+    return describe(scene) if draw < 0.5 else caption(scene, rng)
+
+
+def velocity_loss(
+    model: UNet2DConditionModel, clean: torch.Tensor, beside: torch.Tensor | None = None, **told
+) -> torch.Tensor:
+    """The error of the velocity that the model foretells for noised latents.
+
+    Args:
+        clean: [N, 4, H, W], scaled latents.
+        beside: [N, C, H, W], channels that the model sees as they are; none if not given.
+        told: the model's other arguments.
+    """
+    scheduler = build_scheduler()
+    times, noise = spread_times(len(clean)).to(clean.device), torch.randn_like(clean)
+    seen = scheduler.add_noise(clean, noise, times)
+    if beside is not None:
+        seen = torch.cat([seen, beside], dim=1)
+    predicted = model(seen, times, **told).sample
+    return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, times))
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
