@@ -17,13 +17,6 @@ From one image before a change (A) and one after it (A'), the pipeline learns di
 encoder's embedding space that encode the change and nothing else. Appended to the prompt of a query image B, they make
 the model draw B with the same change. Nothing is fine-tuned. The method is Difference Inversion ("Interpolate and
 Isolate the Difference with Token Consistency for Image Analogy Generation"); equation numbers are the paper's.
-
-    pipe = DiffusionPipeline.from_pretrained(
-        "examples/storybook/model", custom_pipeline="pipeline_difference_inversion.py", trust_remote_code=True
-    )
-    difference = pipe.invert_difference(before=cabin, after=castle)
-    difference.save("cabin_to_castle.safetensors")
-    pipe(image=another_cabin, difference=difference).images[0].save("another_castle.png")
 """
 
 import datetime
@@ -39,9 +32,9 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -108,7 +101,7 @@ NUM_PROMISING = 3  # near misses of each kind (gained, lost, shared) that are tr
 MOST_AT_ONCE = 12  # maximum latents per UNet call
 MOST_LEARNED_AT_ONCE = 4  # the same with gradients, which need far more memory
 NUM_REVISION_WORDS = 24  # words from CLIP that the UNet may add to a hard prompt
-NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs, and prompts per batch, for revising a hard prompt
+NUM_REVISION_SAMPLES = 4  # (noise, time step) pairs on which a hard prompt is revised
 # All thresholds below are relative to the UNet's error without words; RESULTS.md has the measurements.
 # A word is part of the change if it raises the error on the other picture by more than LEAST_CONTRAST, and the error
 # on its own by less than MOST_HARM and less than MOST_HARM_SHARE of that contrast.
@@ -149,12 +142,7 @@ PREPOSITIONS = frozenset(("at", "by", "from", "in", "on", "to", "with"))
 RANDOM_INIT_SCALE = 1.0
 QUESTION = "Describe this image in one short sentence."  # asked of chat captioners
 # Tokens that start as words are close to the solution; the learning rate that random rows need would make them drift.
-FROM_WORDS = {
-    "objective": "contrast",
-    "num_optimization_steps": 8,
-    "learning_rate": 0.003,
-    "num_samples_per_step": 2,
-}
+FROM_WORDS = {"objective": "contrast", "num_optimization_steps": 8, "learning_rate": 0.003, "num_samples_per_step": 2}
 FROM_ROWS = {
     "objective": "consistency",
     "num_optimization_steps": 60,
@@ -664,10 +652,8 @@ class DifferenceTokens:
             raise ValueError(f"`text_encoder` has embeddings of size {table.shape[1]}, which do not fit {self!r}.")
         words = sorted(set(range(len(table))) - set(tokenizer.all_special_ids))
         nearest = Vocabulary(table[words]).nearest(fitting[0].to(table), count)
-        names = [[_written(tokenizer, [words[i]]) for i in row] for row in nearest.indices]
-        return [
-            list(zip(row, cosines, strict=True)) for row, cosines in zip(names, nearest.values.tolist(), strict=True)
-        ]
+        found = zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+        return [[(_written(tokenizer, [words[i]]), cosine) for i, cosine in zip(*each, strict=True)] for each in found]
 
     def to_text(self, tokenizer: CLIPTokenizer) -> str:
         """The difference as plain words to append to any prompt, even for a model that takes only text.
@@ -869,9 +855,7 @@ def _as_matrices(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
         return dict(zip([DEFAULT_TOKEN], tensors.values(), strict=True)) if len(tensors) == 1 else tensors
     parameters = {name: rows for name, rows in tensors.items() if name.startswith("string_to_param")}
     tensors = parameters or tensors
-    return {
-        name: rows[None] if rows.ndim == 1 and rows.is_floating_point() else rows for name, rows in tensors.items()
-    }
+    return {n: rows[None] if rows.ndim == 1 and rows.is_floating_point() else rows for n, rows in tensors.items()}
 
 
 def _written(tokenizer: CLIPTokenizer, ids: list[int]) -> str:
@@ -909,16 +893,6 @@ def embedding_table(embedding: torch.nn.Module) -> torch.Tensor:
 def _sampled(table: torch.Tensor) -> torch.Tensor:
     """Evenly spaced rows of an embedding table, used to recognise it."""
     return table[:: max(1, len(table) // 256)].cpu()
-
-
-def embedding_fingerprint(text_encoder: torch.nn.Module, vocab_size: Optional[int] = None) -> str:
-    """Short hash of an evenly spaced sample of a text encoder's token embeddings, the same in fp16 and fp32.
-
-    With `vocab_size`, only the original vocabulary counts, without tokens that textual inversions added.
-    """
-    table = embedding_table(text_encoder.get_input_embeddings())
-    sample = _sampled(table[:vocab_size]).to(torch.float16)
-    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
 
 
 def same_embeddings(own: torch.Tensor, table: torch.Tensor) -> bool:
@@ -1024,17 +998,15 @@ def frozen(*modules: Optional[torch.nn.Module]) -> Iterator[None]:
     parts = [part for module in modules for part in module.modules()]
     was_training = [part for part in parts if part.training]
     # By module and name: sequential offloading replaces the parameters themselves.
-    wanted_grad = [
-        (part, name) for part in parts for name, p in part._parameters.items() if p is not None and p.requires_grad
-    ]
+    wanted = [(part, n) for part in parts for n, p in part._parameters.items() if p is not None and p.requires_grad]
     try:
         for module in modules:
             module.eval()
-        for part, name in wanted_grad:
+        for part, name in wanted:
             part._parameters[name].requires_grad_(False)
         yield
     finally:
-        for part, name in wanted_grad:
+        for part, name in wanted:
             part._parameters[name].requires_grad_(True)
         for part in was_training:
             part.training = True
@@ -1053,8 +1025,11 @@ def check_number(
     whole: bool = False,
     above: float = -math.inf,
     meaning: str = "",
+    optional: bool = False,
 ) -> None:
     """Raises `ValueError` unless the value is a finite (or whole) number in the range, which the message states."""
+    if value is None and optional:
+        return
     is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
     if not is_number or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"`{name}` is {value!r}; it must be a {'whole' if whole else 'finite'} number.")
@@ -1228,10 +1203,6 @@ class _Condition:
         """Each prompt `count` times in a row."""
         # A copy, since `torch.compile` compiles anew for a view of another shape.
         return self.each(lambda embeds: embeds.repeat_interleave(count, dim=0).clone())
-
-    def tile(self, count: int) -> "_Condition":
-        """The whole batch `count` times."""
-        return self.each(lambda embeds: embeds.repeat(count, *[1] * (embeds.ndim - 1)))
 
     def followed_by(self, other: "_Condition") -> "_Condition":
         """Both batches, concatenated."""
@@ -1418,19 +1389,14 @@ class LearningConfig:
 
     def __post_init__(self) -> None:
         check_number("num_tokens", self.num_tokens, 1, whole=True)
-        if self.num_optimization_steps is not None:
-            check_number("num_optimization_steps", self.num_optimization_steps, 0, whole=True)
-        if self.num_samples_per_step is not None:
-            check_number("num_samples_per_step", self.num_samples_per_step, 1, whole=True)
+        check_number("num_optimization_steps", self.num_optimization_steps, 0, whole=True, optional=True)
+        check_number("num_samples_per_step", self.num_samples_per_step, 1, whole=True, optional=True)
         check_number("alpha", self.alpha, 0, 1, meaning="from the images' delta to the captions'")
         for name in ("lambda_clip", "lambda_tc", "lambda_before", "lambda_contrast"):
             check_number(name, getattr(self, name), 0)
         if self.lambda_clip + self.lambda_tc == 0:
-            raise ValueError(
-                "`lambda_clip` and `lambda_tc` are both 0, so nothing would be learned; set one of them higher."
-            )
-        if self.learning_rate is not None:
-            check_number("learning_rate", self.learning_rate, above=0)
+            raise ValueError("`lambda_clip` and `lambda_tc` are both 0, so nothing would be learned; set one higher.")
+        check_number("learning_rate", self.learning_rate, above=0, optional=True)
         check_choice("objective", self.objective, "contrast", "consistency", None)
         check_choice("init", self.init, "words", "random", "zeros")
         check_choice("projection", self.projection, "soft", "hard")
@@ -1808,7 +1774,7 @@ class DifferenceInversionPipeline(
     @property
     def _training_schedule(self) -> DDPMScheduler:
         """How noise was added in the model's training; the user's scheduler may follow another convention."""
-        return self._found_once("schedule", partial(DDPMScheduler.from_config, self.scheduler.config))
+        return self._found_once("schedule", partial(self._scheduler_like, DDPMScheduler))
 
     @property
     def _unet_dtype(self) -> torch.dtype:
@@ -1847,21 +1813,16 @@ class DifferenceInversionPipeline(
         bound = inspect.signature(super().enable_group_offload).bind(*arguments, **options)
         bound.apply_defaults()
         given = bound.arguments
-        if getattr(given["offload_type"], "value", given["offload_type"]) == "block_level":
-            excluded = given["exclude_modules"] or []
-            excluded = [excluded] if isinstance(excluded, str) else excluded
-            given["exclude_modules"] = [*excluded, "clip", "clip_2", "captioner"]
+        if given["offload_type"] == "block_level":
+            given["exclude_modules"] = [*as_list(given["exclude_modules"] or []), "clip", "clip_2", "captioner"]
         super().enable_group_offload(**given)
 
-    @contextmanager
-    def _weights_kept(self) -> Iterator[None]:
+    def _weights_kept(self) -> AbstractContextManager:
         """While open, backward uses the weights that forward saw, although diffusers' hooks for group offloading and
         layerwise casting replace them in between."""
-        if not any(hasattr(module, "_diffusers_hook") for model in self._models() for module in model.modules()):
-            yield
-            return
-        with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda kept: kept):
-            yield
+        if any(hasattr(module, "_diffusers_hook") for model in self._models() for module in model.modules()):
+            return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda kept: kept)
+        return nullcontext()
 
     def _without_graph(self, function: Callable, *inputs: Any) -> Any:
         """Calls a function whose models may have left the device by the backward pass: under CPU offload it is
@@ -1942,33 +1903,19 @@ class DifferenceInversionPipeline(
         if isinstance(self.unet, ModelMixin) and not isinstance(self.unet, UNet2DConditionModel):
             raise ValueError(f"`unet` is a {type(self.unet).__name__}, and a UNet2DConditionModel is what to load.")
         config, width = self.unet.config, sum(encoder.width for encoder in self._encoders)
-        wants = {
-            "out_channels": (config.out_channels, config.in_channels, "it predicts more than noise"),
-            "time_cond_proj_dim": (config.time_cond_proj_dim, None, "it was distilled, and takes a guidance scale"),
-            "class_embed_type": (
-                config.class_embed_type,
-                None,
-                "it takes a class or a noise level, as upscalers do",
-            ),
-            "num_class_embeds": (
-                config.num_class_embeds,
-                None,
-                "it takes a class or a noise level, as upscalers do",
-            ),
+        upscaler = "it takes a class or a noise level, as upscalers do"
+        adapter = "it also takes images. If an IP-Adapter was loaded, call its pipeline's `unload_ip_adapter()`"
+        known = {  # the values that are admitted, and what others mean
+            "out_channels": ((config.in_channels,), "it predicts more than noise"),
+            "time_cond_proj_dim": ((None,), "it was distilled, and takes a guidance scale"),
+            "class_embed_type": ((None,), upscaler),
+            "num_class_embeds": ((None,), upscaler),
+            "addition_embed_type": ((None, "text_time"), "neither Stable Diffusion nor SDXL has that"),
+            "encoder_hid_dim_type": ((None, "text_proj"), adapter),
         }
-        for name, (value, needed, meaning) in wants.items():
-            if value != needed:
-                raise ValueError(f"`unet` has {name} {value!r}: {meaning}. Load an ordinary Stable Diffusion.")
-        if config.addition_embed_type not in (None, "text_time"):
-            raise ValueError(
-                f"`unet` has addition_embed_type {config.addition_embed_type!r}, which neither Stable Diffusion nor "
-                "SDXL has. Load one of these."
-            )
-        if config.encoder_hid_dim_type not in (None, "text_proj"):
-            raise ValueError(
-                f"`unet` has encoder_hid_dim_type {config.encoder_hid_dim_type!r}: it also takes images. If an "
-                "IP-Adapter was loaded, call `unload_ip_adapter()` of the pipeline that loaded it."
-            )
+        for name, (admitted, meaning) in known.items():
+            if config[name] not in admitted:
+                raise ValueError(f"`unet` has {name} {config[name]!r}: {meaning}. Load an ordinary Stable Diffusion.")
         expected = config.encoder_hid_dim or config.cross_attention_dim
         if any(dim != width for dim in (expected if isinstance(expected, (list, tuple)) else [expected])):
             raise ValueError(f"`unet` attends to prompts of width {expected}, and the text encoders give {width}.")
@@ -2115,10 +2062,8 @@ class DifferenceInversionPipeline(
         check_number("num_inference_steps", num_inference_steps, 1, most_steps, whole=True)
         check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
         check_number("strength", strength, most=1, above=0)
-        if guidance_scale is not None:
-            check_number("guidance_scale", guidance_scale)
-        if eta is not None:
-            check_number("eta", eta, 0, 1, meaning="from DDIM to DDPM")
+        check_number("guidance_scale", guidance_scale, optional=True)
+        check_number("eta", eta, 0, 1, meaning="from DDIM to DDPM", optional=True)
         check_choice("output_type", output_type, "pil", "np", "pt", "latent")
         check_choice("inversion", inversion, "ddpm", "ddim", "sdedit", None)
         if eta is not None and eta < LEAST_DDPM_ETA and inversion == "ddpm" and images:
@@ -2187,12 +2132,6 @@ class DifferenceInversionPipeline(
         if negative_difference is None:
             return positive, []
         return positive, self._resolve_difference(negative_difference, 1.0, "negative_difference")
-
-    @staticmethod
-    def _warn_of_no_effect(guidance_scale: float, **given) -> None:
-        for name, value in given.items():
-            if guidance_scale == 1 and value is not None:
-                logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
 
     def _check_noise(self, generator, latents, batch_size: int, size: tuple[int, int], inverted: bool) -> None:
         self._check_generator(generator)
@@ -2296,10 +2235,14 @@ class DifferenceInversionPipeline(
         return DifferenceTokens(embeddings, dict(difference.metadata))
 
     def _fingerprint(self) -> str:
-        """Identifies the base model's embeddings; empty in bfloat16, whose rounding would change the hash."""
+        """Identifies the base model's embeddings, in fp16 as in fp32, without tokens that textual inversions added.
+
+        Empty in bfloat16, whose rounding would change the hash.
+        """
         if any(encoder.model.dtype == torch.bfloat16 for encoder in self._encoders):
             return ""
-        return " ".join(embedding_fingerprint(e.model, e.tokenizer.vocab_size) for e in self._encoders)
+        samples = (_sampled(e.table[: e.tokenizer.vocab_size]).to(torch.float16) for e in self._encoders)
+        return " ".join(hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16] for sample in samples)
 
     # -------------------------------------------------------------------------------------------------- prompts
 
@@ -2415,8 +2358,7 @@ class DifferenceInversionPipeline(
         check_number("num_steps", num_steps, 1, whole=True)
         check_number("learning_rate", learning_rate, above=0)
         check_number("num_revisions", num_revisions, 0, whole=True)
-        if tolerance is not None:
-            check_number("tolerance", tolerance, 0, 2, meaning="a cosine, or `None` to keep all words")
+        check_number("tolerance", tolerance, 0, 2, meaning="a cosine, or `None` to keep all words", optional=True)
         encoder = self._encoders_with_clip()[0]
         generator = first_of(generator)
         images = as_pictures(images, "images")
@@ -2479,15 +2421,8 @@ class DifferenceInversionPipeline(
 
         def errors(versions: list[list[int]]) -> list[float]:
             """The UNet's error on the image, given each version of the words."""
-            found = []
-            for start in range(0, len(versions), NUM_REVISION_SAMPLES):
-                prompts = [
-                    _written(self.tokenizer, version) for version in versions[start : start + NUM_REVISION_SAMPLES]
-                ]
-                rows = self._rows(None).expand(len(prompts), -1, -1)
-                prediction, target = self._predict(latents, prompts, rows, draw)
-                found += (prediction - target).square().flatten(1).mean(1).tolist()
-            return found
+            prompts = [_written(self.tokenizer, version) for version in versions]
+            return self._prompt_errors(prompts, latents, draw).mean(1).tolist()
 
         (lowest,) = errors([ids])
         for _ in range(num_revisions):
@@ -2616,8 +2551,7 @@ class DifferenceInversionPipeline(
         """The common size of a batch: what is asked for, else the first image's, rounded down to whole latents."""
         factor = self.vae_scale_factor
         for side, value in (("height", height), ("width", width)):
-            if value is not None:
-                check_number(side, value, factor, whole=True)
+            check_number(side, value, factor, whole=True, optional=True)
         own = image_size(images[0]) if images else self._native_size(height, width)
         size = tuple(asked or side for asked, side in zip((height, width), own, strict=True))
         if min(size) < factor:
@@ -2932,30 +2866,22 @@ class DifferenceInversionPipeline(
             self._draw(pairs[0].before_latents, samples, generator, False, EVIDENCE_TIMESTEPS)
             for samples in (NUM_EVIDENCE_SAMPLES, NUM_VERIFICATION_SAMPLES)
         ]
-        with self._bar("Trying words", total=math.inf) as progress_bar:
-            choosing, verifying = (self._evidence(pairs, draw, progress_bar) for draw in draws)
-            return self._search_words(pairs, config.num_tokens, choosing=choosing, verifying=verifying)
-
-    def _search_words(
-        self, pairs: list[Pair], most: int, *, choosing: Callable, verifying: Callable
-    ) -> tuple[list[str], list[str]]:
-        """Up to `most` words that the pairs lost and gained, chosen and verified by the UNet's errors."""
-        search = WordSearch(choosing)
-        has_clip = bool(self._encoders_with_clip()) and self.clip_processor is not None
-        if has_clip:
-            search.shared = self._shared_words(pairs)
         said = [
             list(dict.fromkeys(word for pair in pairs for word in unshared_words(*pair.prompts[::order])))
             for order in (1, -1)
         ]
-        nearest = ([], [])
-        if has_clip:
-            said, nearest = self._words_along_the_delta(said, pairs)
-        search.run([*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=most)
-        search.look_again([words[:NUM_LIKELY] for words in nearest], most=most)
-        if any(search.found):
-            search.verify(verifying)
-        search.order(pairs[0].prompts)
+        nearest, most = ([], []), config.num_tokens
+        with self._bar("Trying words", total=math.inf) as progress_bar:
+            choosing, verifying = (self._evidence(pairs, draw, progress_bar) for draw in draws)
+            search = WordSearch(choosing)
+            if self._encoders_with_clip() and self.clip_processor is not None:
+                search.shared = self._shared_words(pairs)
+                said, nearest = self._words_along_the_delta(said, pairs)
+            search.run([*said[0], *said[1], *nearest[0], *nearest[1]], may_be_shared=[*said[0], *said[1]], most=most)
+            search.look_again([words[:NUM_LIKELY] for words in nearest], most=most)
+            if any(search.found):
+                search.verify(verifying)
+            search.order(pairs[0].prompts)
         return search.found
 
     def _shared_words(self, pairs: list[Pair]) -> list[str]:
@@ -3334,12 +3260,18 @@ class DifferenceInversionPipeline(
         """A DDIM scheduler or its inverse, on the model's noise schedule, set so that they undo each other's steps."""
         spacing = self.scheduler.config.get("timestep_spacing", "leading")
         spacing = spacing if spacing in ("leading", "trailing") else "leading"  # the inverse supports no other
-        known = inspect.signature(family.__init__).parameters
-        config = {name: value for name, value in self.scheduler.config.items() if name in known}
         # With these, even the last step can be undone.
         undoable = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False, "thresholding": False}
-        undoable = {name: value for name, value in undoable.items() if name in known}
-        return family.from_config(config | undoable, timestep_spacing=spacing)
+        return self._scheduler_like(family, **undoable, timestep_spacing=spacing)
+
+    def _scheduler_like(self, family: type, **changes) -> Any:
+        """A scheduler of another class on the model's noise schedule.
+
+        Plain values, since `from_config` replaces those that its own class has by default with defaults of `family`.
+        """
+        known = inspect.signature(family.__init__).parameters
+        config = {name: value for name, value in {**self.scheduler.config, **changes}.items() if name in known}
+        return family.from_config(config)
 
     def _corrections(self) -> dict[str, Any]:
         """What stock Stable Diffusion, but not SDXL, corrects in old scheduler configurations."""
@@ -3393,21 +3325,13 @@ class DifferenceInversionPipeline(
         several = max(1, MOST_AT_ONCE // len(path[0]))
         with self._bar("Inverting", total=len(path)) as progress_bar:
             for latents, t in zip(_chunks(path, several), timesteps.split(several), strict=True):
-                conditions = condition.tile(len(latents))
+                conditions = reduce(_Condition.followed_by, [condition] * len(latents))
                 predictions = self._unet_output(torch.cat(latents), t.repeat_interleave(len(path[0])), conditions)
                 yield from predictions.float().chunk(len(latents))
                 progress_bar.update(len(latents))
 
     def _denoise(
-        self,
-        start: _Start,
-        guidance: _Guidance,
-        *,
-        mask: Optional[torch.Tensor],
-        eta: float,
-        generator,
-        callback: Optional[Callable],
-        tensor_inputs: Sequence[str],
+        self, start: _Start, guidance: _Guidance, *, mask, eta: float, generator, callback, tensor_inputs
     ) -> torch.Tensor:
         """Denoises latents (batch, ...) under a mixture of prompts.
 
@@ -3469,24 +3393,14 @@ class DifferenceInversionPipeline(
     def _guided(self, inputs, t, guidance: _Guidance) -> torch.Tensor:
         """The weighted sum of the UNet's predictions (batch, ...)."""
         weights, conditions = zip(*guidance.weights(self.guidance_scale), strict=True)
-        together = conditions[0]
-        for condition in conditions[1:]:
-            together = together.followed_by(condition)
+        together = reduce(_Condition.followed_by, conditions)
         predictions = self._unet_output(torch.cat([inputs] * len(weights)), t, together).float().chunk(len(weights))
         if len(weights) == 1:
             return predictions[0]
         return sum(weight * prediction for weight, prediction in zip(weights, predictions, strict=True))
 
     def _conditions(
-        self,
-        prompts: list[str],
-        *,
-        source_prompt,
-        negative_prompt,
-        differences: list[tuple[DifferenceTokens, float]],
-        negative_differences: list[tuple[DifferenceTokens, float]],
-        has_query: bool,
-        replace_phrases: bool,
+        self, prompts, differences, negative_differences, *, source_prompt, negative_prompt, has_query, replace_phrases
     ) -> _Guidance:
         """The conditions for the UNet with their shares, batched over the prompts.
 
@@ -3499,16 +3413,13 @@ class DifferenceInversionPipeline(
         degrees = [1.0, *(way.degree for way in ways), 0.0]
         shares = [here - there for here, there in zip(degrees, degrees[1:], strict=False)]
         stages = [self._along(prompts, ways, active) for active in range(len(ways) + 1)]
-        own = stages[0]
-        if source_prompt is not None:
-            own = self._along(self._repeated(source_prompt, len(prompts)), [], 0)
+        sources = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
+        own = stages[0] if source_prompt is None else self._along(sources, [], 0)
         nothing_negative = negative_prompt is None and not negative_differences
         if nothing_negative and has_query:
             return _Guidance(stages, shares, own, own)
-        source_prompts = prompts if source_prompt is None else self._repeated(source_prompt, len(prompts))
-        negative_prompts = self._repeated(negative_prompt or "", len(prompts))
-        if negative_prompt is None and has_query:
-            negative_prompts = source_prompts
+        by_default = sources if has_query else ""
+        negative_prompts = self._repeated(by_default if negative_prompt is None else negative_prompt, len(prompts))
         negatives = [self._way(difference, scale, False) for difference, scale in negative_differences]
         baseline = self._along(negative_prompts, negatives, len(negatives))
         return _Guidance(stages, shares, own, self._zeros_or_empty(baseline) if nothing_negative else baseline)
@@ -3763,9 +3674,9 @@ class DifferenceInversionPipeline(
         learning = self._learning_options(befores, afters, learning_kwargs, complete_prompts, generator, asked)
         if guidance_scale is None:
             guidance_scale = 1.0 if images else 7.5
-        self._warn_of_no_effect(
-            guidance_scale, negative_prompt=negative_prompt, negative_difference=negative_difference
-        )
+        for name, led in (("negative_prompt", negative_prompt), ("negative_difference", negative_difference)):
+            if guidance_scale == 1 and led is not None:
+                logger.warning("`%s` has no effect at a `guidance_scale` of 1; give more.", name)
         way_up["inversion"] = inversion if images else None
         if eta is None:
             eta = DDPM_ETA if way_up["inversion"] == "ddpm" else 0.0

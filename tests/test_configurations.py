@@ -16,6 +16,7 @@ from conftest import (
     forward_calls,
     picture,
     random_tokens,
+    rows_of,
     seeded,
 )
 from test_backbones import build as build_backbone
@@ -27,6 +28,7 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -322,6 +324,20 @@ def test_no_change_gives_the_query_back(change):
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         expected = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample, output_type="pt")
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_learning_obeys_betas_that_a_scheduler_has_by_default(pair):
+    """LCM's are Stable Diffusion's. DDPM's, whose noise is learned on, are others."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    learned = [
+        build_pipeline(scheduler=scheduler).invert_difference(
+            **pair, init="random", num_optimization_steps=2, generator=seeded()
+        )
+        for scheduler in (LCMScheduler(), DDIMScheduler(**betas), DDIMScheduler())
+    ]
+    first, same, other = (rows_of(difference) for difference in learned)
+    torch.testing.assert_close(first, same)
+    assert not torch.allclose(first, other, atol=1e-4)
 
 
 def xl_tokens(pipe, value: float) -> DifferenceTokens:
