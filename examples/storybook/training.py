@@ -43,7 +43,7 @@ RECIPES = {
     "unet": Recipe(21000, 32, 6e-4),
     "captioner": Recipe(1600, 64, 1e-3),
     "instruct": Recipe(4500, 32, 3e-4),
-    "inpaint": Recipe(2500, 8, 3e-4),
+    "inpaint": Recipe(2000, 8, 3e-4),
     "dino": Recipe(2000, 32, 5e-4),
     "clip_2": Recipe(3000, 64, 1e-3),
     "unet_xl": Recipe(2000, 32, 4e-4),
