@@ -1904,7 +1904,9 @@ class DifferenceInversionPipeline(
             raise ValueError(f"`unet` is a {type(self.unet).__name__}, and a UNet2DConditionModel is what to load.")
         config, width = self.unet.config, sum(encoder.width for encoder in self._encoders)
         upscaler = "it takes a class or a noise level, as upscalers do"
-        adapter = "it also takes images. If an IP-Adapter was loaded, call its pipeline's `unload_ip_adapter()`"
+        adapter = (
+            "it also takes images. Call `unload_ip_adapter()` of the pipeline that loaded an IP-Adapter, if one did"
+        )
         known = {  # the values that are admitted, and what others mean
             "out_channels": ((config.in_channels,), "it predicts more than noise"),
             "time_cond_proj_dim": ((None,), "it was distilled, and takes a guidance scale"),
@@ -3331,7 +3333,15 @@ class DifferenceInversionPipeline(
                 progress_bar.update(len(latents))
 
     def _denoise(
-        self, start: _Start, guidance: _Guidance, *, mask, eta: float, generator, callback, tensor_inputs
+        self,
+        start: _Start,
+        guidance: _Guidance,
+        *,
+        mask: Optional[torch.Tensor],
+        eta: float,
+        generator,
+        callback: Optional[Callable],
+        tensor_inputs: Sequence[str],
     ) -> torch.Tensor:
         """Denoises latents (batch, ...) under a mixture of prompts.
 
@@ -3400,7 +3410,15 @@ class DifferenceInversionPipeline(
         return sum(weight * prediction for weight, prediction in zip(weights, predictions, strict=True))
 
     def _conditions(
-        self, prompts, differences, negative_differences, *, source_prompt, negative_prompt, has_query, replace_phrases
+        self,
+        prompts: list[str],
+        *,
+        source_prompt,
+        negative_prompt,
+        differences: list[tuple[DifferenceTokens, float]],
+        negative_differences: list[tuple[DifferenceTokens, float]],
+        has_query: bool,
+        replace_phrases: bool,
     ) -> _Guidance:
         """The conditions for the UNet with their shares, batched over the prompts.
 

@@ -486,9 +486,8 @@ def test_many_differences_by_two_processes_are_those_of_one(tmp_path):
     assert invert_many.main([*given, str(tmp_path / "one")]) == 0
     for name in ("00001", "00002"):
         one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
-        torch.testing.assert_close(
-            one, two
-        )  # to the bit on some processors only: they may round by how many threads there are
+        # To the bit on some processors only: others round by how many threads there are.
+        torch.testing.assert_close(one, two)
 
 
 def test_the_speed_benchmark_counts_every_latent_of_an_analogy_once(tmp_path, capsys):
